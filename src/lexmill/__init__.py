@@ -1,0 +1,1 @@
+"""lexmill: from raw data to a running language model, in one package."""
