@@ -1,0 +1,267 @@
+"""Raw files to raw documents, by suffix; every row that cannot be used is named with file, row and reason."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lexmill.config import suggest
+from lexmill.data.decoding import read_bytes, read_lines, read_text
+from lexmill.data.documents import read_parquet_batches
+from lexmill.data.folders import find_inputs
+from lexmill.data.markup import html_to_text, markdown_to_text
+from lexmill.errors import DataError
+
+__all__ = ["ROLES", "RawDocument", "check_messages", "find_inputs", "read_raw"]
+
+ROLES = ("system", "user", "assistant", "tool")
+FIELD_LIMIT = 64 << 20  # characters in a CSV field; Python's own limit of 131,072 is less than a book
+ROW_NEEDS = 'Each row needs "text" or "messages".'
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawDocument:
+    """What one raw file, or one row of it, holds: as it was found, neither cleaned nor split.
+
+    `row` is its 1-based row (in JSONL the line, in CSV the record under the header), or None when it is
+    a whole file.
+    """
+
+    text: str | None = None
+    messages: tuple[dict[str, str], ...] | None = None
+    row: int | None = None
+    language: str = ""
+    license: str = ""
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_raw(path: Path | str, *, license: str = "", language: str = "") -> Iterator[RawDocument]:
+    """Read one raw file.
+
+    Args:
+        path: a `.txt`, `.md`, `.html`/`.htm` (each one document), `.jsonl`/`.ndjson`, `.csv`, `.tsv` or
+            `.parquet` file (a document a row, streamed).
+        license: for rows that do not say it themselves.
+        language: likewise.
+
+    Raises:
+        FileError: it cannot be opened.
+        DataError: unknown suffix, empty, binary, not UTF-8, or a row that is not usable; says which.
+        FormatError: a damaged Parquet file.
+    """
+    path = Path(path)
+    readers: dict[str, Callable[[Path], Iterator[RawDocument]]] = {
+        ".txt": _read_plain,
+        ".md": _read_markdown,
+        ".html": _read_html,
+        ".htm": _read_html,
+        ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl,
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".parquet": _read_parquet,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{path}: files with the suffix '{path.suffix}' cannot be read.",
+            f"Supported are {', '.join(readers)}; rename or convert the file.",
+        )
+    empty = True
+    for raw in reader(path):
+        empty = False
+        yield RawDocument(
+            text=raw.text,
+            messages=raw.messages,
+            row=raw.row,
+            language=raw.language or language,
+            license=raw.license or license,
+            meta=raw.meta,
+        )
+    if empty:
+        raise DataError(f"{path}: this file holds no rows.", "Remove it, or put rows into it. " + ROW_NEEDS)
+
+
+def check_messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:
+    """A conversation as a tuple of role and content; further keys of a message are left out.
+
+    Raises:
+        DataError: it is no list, is empty, or a message has no known role or no string as content.
+    """
+    form = f'"messages" is a list of {{"role", "content"}}; roles are {", ".join(ROLES)}.'
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise DataError(f'{where}: field "messages" is {_kind_of(messages)}, not a list.', form)
+    if not messages:
+        raise DataError(f'{where}: field "messages" is an empty conversation.', form)
+    checked = []
+    for number, message in enumerate(messages, 1):
+        at = f"{where}, message {number:,}"
+        if not isinstance(message, Mapping):
+            raise DataError(f"{at}: it is {_kind_of(message)}, not an object.", form)
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            said = "is missing" if role is None else f"{role!r} is unknown"
+            hint = suggest(role, ROLES) + " " if isinstance(role, str) else ""
+            raise DataError(f"{at}: its role {said}.", hint + form)
+        if not isinstance(content, str):
+            said = "is missing" if "content" not in message else f"is {_kind_of(content)}, not a string"
+            raise DataError(f"{at}: its content {said}.", form)
+        checked.append({"role": role, "content": content})
+    return tuple(checked)
+
+
+def _kind_of(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    return names.get(type(value), "a list" if isinstance(value, list | tuple) else "an object")
+
+
+def _row_document(values: Mapping[str, Any], where: str, row: int) -> RawDocument:
+    """Check the fields of one row; what is neither content nor a known field goes to `meta` as a string."""
+    text, messages = values.get("text"), values.get("messages")
+    if text is None and messages is None:
+        absent = "is missing" if "text" not in values else "is null"
+        raise DataError(f'{where}: field "text" {absent}.', ROW_NEEDS)
+    if text is not None and not isinstance(text, str):
+        raise DataError(f'{where}: field "text" is {_kind_of(text)}, not a string.', ROW_NEEDS)
+    extra = {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        for key, value in values.items()
+        if key not in ("text", "messages", "language", "license", "meta") and value is not None
+    }
+    if values.get("meta"):  # an object in JSON, pairs in Parquet
+        extra |= {str(key): str(value) for key, value in _pairs(values["meta"], where)}
+    return RawDocument(
+        text=text,
+        messages=None if messages is None else check_messages(messages, where),
+        row=row,
+        language=str(values.get("language") or ""),
+        license=str(values.get("license") or ""),
+        meta=extra,
+    )
+
+
+def _pairs(meta: Any, where: str) -> list[tuple[Any, Any]]:
+    try:
+        return list(dict(meta).items())
+    except (TypeError, ValueError):
+        raise DataError(
+            f'{where}: field "meta" is {_kind_of(meta)}, not an object.', "Leave it out or mend it."
+        ) from None
+
+
+def _read_plain(path: Path) -> Iterator[RawDocument]:
+    yield RawDocument(text=read_text(path))
+
+
+def _read_markdown(path: Path) -> Iterator[RawDocument]:
+    text = markdown_to_text(read_text(path))
+    if not text.strip():
+        raise DataError(f"{path}: this Markdown file holds no text.", "Remove it, or put text into it.")
+    yield RawDocument(text=text)
+
+
+def _read_html(path: Path) -> Iterator[RawDocument]:
+    text, title = html_to_text(read_bytes(path))
+    if not text.strip():
+        raise DataError(
+            f"{path}: this HTML page shows no text.",
+            "It may be filled by a script in the browser; leave it out.",
+        )
+    yield RawDocument(text=text, meta={"title": title} if title else {})
+
+
+def _read_jsonl(path: Path) -> Iterator[RawDocument]:
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, row {number:,}"
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}, line {number:,}: broken JSON at column {error.colno:,}: {error.msg}.",
+                'Each line is one JSON object, such as {"text": "..."}.',
+            ) from error
+        except (
+            RecursionError,
+            ValueError,
+        ) as error:  # nested too deeply, or an integer of thousands of digits
+            raise DataError(f"{path}, line {number:,}: this JSON cannot be read ({error}).") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{where}: it is {_kind_of(values)}, not an object.", ROW_NEEDS)
+        yield _row_document(values, where, number)
+
+
+def _read_csv(path: Path) -> Iterator[RawDocument]:
+    if csv.field_size_limit() < FIELD_LIMIT:
+        csv.field_size_limit(FIELD_LIMIT)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    rows = csv.reader(read_lines(path), delimiter=delimiter, strict=True)
+    try:
+        header = next((row for row in rows if any(cell.strip() for cell in row)), None)
+        if header is None:
+            raise DataError(f"{path}: this file holds only white space.", "Remove it, or put rows into it.")
+        header = [name.strip() for name in header]
+        _check_header(header, path)
+        number = 0
+        for cells in rows:
+            if not cells:
+                continue
+            number += 1
+            if len(cells) != len(header):
+                raise DataError(
+                    f"{path}, line {rows.line_num:,}: this row has {len(cells):,} fields, but the header has "
+                    f"{len(header):,}.",
+                    'Fields that contain the separator or a line end stand in double quotes ("...").',
+                )
+            where = f"{path}, line {rows.line_num:,}"
+            yield _row_document(_csv_values(header, cells, where), where, number)
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {rows.line_num:,}: broken CSV: {error}.",
+            'A quote inside a quoted field is written twice (""), and every quoted field is closed.',
+        ) from error
+
+
+def _check_header(header: list[str], path: Path) -> None:
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f'{path}, line 1: two columns are named "{twice}".', "Rename or remove one of them.")
+    if "text" not in header and "messages" not in header:
+        near = suggest("text", header)
+        guess = (
+            near + ' Rename it to "text".'
+            if near.startswith("Did")
+            else 'Name the column that holds the text "text".'
+        )
+        columns = ", ".join(f'"{name}"' for name in header)
+        raise DataError(f'{path}, line 1: there is no column "text"; the columns are {columns}.', guess)
+
+
+def _csv_values(header: list[str], cells: list[str], where: str) -> dict[str, Any]:
+    values: dict[str, Any] = dict(zip(header, cells, strict=True))
+    cell = values.get("messages")
+    if cell is not None:
+        try:
+            values["messages"] = json.loads(cell) if cell.strip() else None
+        except ValueError as error:
+            raise DataError(f'{where}: field "messages" is not JSON ({error}).', ROW_NEEDS) from error
+    return values
+
+
+def _read_parquet(path: Path) -> Iterator[RawDocument]:
+    number = 0
+    for batch in read_parquet_batches(path):
+        for values in batch:
+            number += 1
+            where = f"{path}, row {number:,}"
+            if "text" not in values and "messages" not in values:
+                columns = ", ".join(f'"{name}"' for name in values) or "none"
+                raise DataError(
+                    f'{path}: there is no column "text" or "messages"; the columns are {columns}.', ROW_NEEDS
+                )
+            yield _row_document(values, where, number)

@@ -1,0 +1,90 @@
+"""What this machine offers, read without torch: cores, instruction sets, memory; and a faster malloc."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# Instruction sets that kernels choose by, in the words of /proc/cpuinfo.
+_INTERESTING = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "asimd")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One computer: `cores` usable by this process, `features` of its CPU, `memory_bytes` in all."""
+
+    system: str
+    cpu: str
+    cores: int
+    features: tuple[str, ...]
+    memory_bytes: int
+
+    @property
+    def cpu_class(self) -> str:
+        """A short name to write beside a figure, such as "x86-64 AVX2"."""
+        if "avx512_bf16" in self.features:
+            return f"{platform.machine()} AVX-512 BF16"
+        if "avx512f" in self.features:
+            return f"{platform.machine()} AVX-512"
+        if "avx2" in self.features:
+            return f"{platform.machine()} AVX2"
+        return platform.machine()
+
+
+def this_machine() -> Machine:
+    """Look at this machine."""
+    text = ""
+    if Path("/proc/cpuinfo").is_file():
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip().lower(), value.strip())
+    flags = set((fields.get("flags") or fields.get("features") or "").split())
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        memory = 0
+    return Machine(
+        system=f"{platform.system()} {platform.release()}",
+        cpu=fields.get("model name") or platform.processor() or platform.machine(),
+        cores=usable_cores(),
+        features=tuple(name for name in _INTERESTING if name in flags),
+        memory_bytes=memory,
+    )
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return max(1, os.cpu_count() or 1)
+
+
+def threads() -> int:
+    """How many threads to compute with: OMP_NUM_THREADS where it is set, else the usable cores."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    return int(value) if value.isdigit() and int(value) > 0 else usable_cores()
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc keep large freed blocks instead of giving each back to the system.
+
+    A training step frees and asks again for the same megabytes many times; without this each
+    time costs a page fault for every 4 KiB (measured: a cross-entropy step 2.4 times as fast).
+
+    Returns:
+        Whether the C library understood.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    return bool(mallopt(mmap_threshold, 1 << 30)) and bool(mallopt(trim_threshold, (1 << 31) - 1))

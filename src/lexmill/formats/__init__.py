@@ -1,0 +1,1 @@
+"""The file formats of others, bytes to arrays and back; nothing about models."""
