@@ -131,7 +131,7 @@ def read_documents(path: Path | str) -> Iterator[Document]:
     if not shards:
         raise DataError(
             f"{path}: this folder holds no documents (*.parquet).",
-            "Give the folder that `lexmill data prepare` wrote.",
+            "Give the folder that `lexmill prepare` wrote.",
         )
     for shard in shards:
         yield from _read_shard(shard)
@@ -195,7 +195,7 @@ def read_parquet_batches(
                 raise FormatError(
                     f"{path}: this Parquet file has no column {', '.join(map(repr, missing))}; it has "
                     f"{', '.join(map(repr, schema.names)) or 'none'}.",
-                    "Raw Parquet files become documents with `lexmill data prepare`.",
+                    "Raw Parquet files become documents with `lexmill prepare`.",
                 )
             columns = [
                 name

@@ -1,0 +1,1 @@
+"""Stage 3: a model from nothing, by predicting what comes next."""

@@ -1,0 +1,59 @@
+"""`metrics.jsonl`: one JSON object a line, whole even after a run was killed and went on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lexmill.files import atomic_write, explain_os_errors
+
+
+class MetricsLog:
+    """Appends figures; after a resume the lines of steps that will be done again are dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: Any = None
+        self._flushed = time.perf_counter()
+
+    def resume(self, step: int) -> None:
+        """Keep the lines up to `step` and open the file for more."""
+        kept = [line for line in read_metrics(self.path) if line.get("step", 0) <= step] if step else []
+        with atomic_write(self.path, "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        with explain_os_errors(self.path, "write"):
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, **figures: Any) -> None:
+        """Append one line; it reaches the disk within a second or so."""
+        with explain_os_errors(self.path, "write"):
+            self._file.write(json.dumps(figures) + "\n")
+            if time.perf_counter() - self._flushed > 1:
+                self.flush()
+
+    def flush(self) -> None:
+        """Hand all lines to the system."""
+        self._file.flush()
+        self._flushed = time.perf_counter()
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._file is not None:
+            self._file.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file; one that was cut off is passed over."""
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(value, dict):
+                yield value

@@ -1,0 +1,126 @@
+"""Optimisers: Muon for the matrices inside blocks, AdamW for the rest, or AdamW for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, "Muon"
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every update is made orthogonal (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
+
+    An update's singular values all become about 1, so that rare directions learn as fast as
+    frequent ones. Matrices of equal shape are done together.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                updates = torch.stack([self._momentum(parameter, group["momentum"]) for parameter in parameters])
+                updates = orthogonalise(updates)
+                scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                for parameter, update in zip(parameters, updates):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+
+    def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        average = state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(average, momentum)  # Nesterov
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest orthogonal matrix of each, roughly: U Vᵀ of its singular value decomposition.
+
+    Args:
+        matrices: (count, rows, columns).
+        steps: of the quintic Newton–Schulz iteration.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class OptimizerSet:
+    """The optimisers of a run behind one face: step, learning rate, complete state as named arrays."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        kind: str,
+        learning_rate: float,
+        matrix_learning_rate: float,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ) -> None:
+        self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        matrices = [p for p, name in self._names.items() if kind == "muon" and p.dim() == 2 and ".weight" in name]
+        matrices = [p for p in matrices if not self._names[p].startswith(("embed.", "head."))]
+        chosen = set(matrices)
+        rest = [p for p in self._names if p not in chosen]
+        decayed = [p for p in rest if p.dim() >= 2]
+        plain = [p for p in rest if p.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=True)
+        ]
+        if matrices:
+            self.optimizers.append(Muon(matrices, lr=matrix_learning_rate, weight_decay=weight_decay))
+        self._base = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+    def step(self, factor: float) -> None:
+        """One update with every learning rate times `factor`; gradients are cleared."""
+        for optimizer, base in zip(self.optimizers, self._base):
+            for group, rate in zip(optimizer.param_groups, base):
+                group["lr"] = rate * factor
+            optimizer.step()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All state as arrays named "PARAMETER/KEY"."""
+        return {
+            f"{self._names[parameter]}/{key}": torch.as_tensor(value).detach().cpu().numpy()
+            for optimizer in self.optimizers
+            for parameter, values in optimizer.state.items()
+            for key, value in values.items()
+        }
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take up the state that `state` gave for the same model."""
+        parameters = {name: parameter for parameter, name in self._names.items()}
+        owner = {p: optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        for key, array in arrays.items():
+            name, _, field = key.rpartition("/")
+            parameter = parameters[name]
+            owner[parameter].state[parameter][field] = torch.from_numpy(np.array(array))
