@@ -35,7 +35,9 @@ def read_toml(path: Path | str) -> dict[str, Any]:
     try:
         return tomllib.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}).", "A recipe is a TOML file.") from error
+        raise ConfigError(
+            f"{path} is not UTF-8 text (byte {error.start}).", "A recipe is a TOML file."
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
 
@@ -53,7 +55,9 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
         key, equals, text = override.partition("=")
         path = [part.strip() for part in key.split(".")]
         if not equals or not all(path):
-            raise ConfigError(f"--set {override}: not of the form KEY=VALUE.", "For example: --set pretrain.steps=100")
+            raise ConfigError(
+                f"--set {override}: not of the form KEY=VALUE.", "For example: --set pretrain.steps=100"
+            )
         table = result
         for part in path[:-1]:
             table = table.setdefault(part, {})
@@ -64,7 +68,9 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 
 
 def _copy_tables(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy_tables(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    return {
+        key: _copy_tables(value) if isinstance(value, Mapping) else value for key, value in values.items()
+    }
 
 
 def _toml_value(text: str) -> Any:
@@ -129,7 +135,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(choices[-1], value, where)
     if origin is typing.Literal:
         if value not in arguments:
-            raise ConfigError(f"{where} = {value!r} is not a choice.", suggest(str(value), map(str, arguments)))
+            raise ConfigError(
+                f"{where} = {value!r} is not a choice.", suggest(str(value), map(str, arguments))
+            )
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
@@ -145,7 +153,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _type_name(hint: type) -> str:
-    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(hint, hint.__name__)
+    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(
+        hint, hint.__name__
+    )
 
 
 def _describe(value: Any) -> str:

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Instruction sets that kernels choose by, in the words of /proc/cpuinfo.
-_INTERESTING = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "asimd")
+_INTERESTING = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx_vnni",
+    "amx_bf16",
+    "asimd",
+)
 
 
 @dataclass(frozen=True)

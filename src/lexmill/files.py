@@ -46,9 +46,7 @@ def explain_os_errors(path: Path, doing: str) -> Iterator[None]:
         }
         if error.errno not in hints:
             raise
-        raise FileError(
-            f"Cannot {doing} {path}: {os.strerror(error.errno)}.", hints[error.errno]
-        ) from error
+        raise FileError(f"Cannot {doing} {path}: {os.strerror(error.errno)}.", hints[error.errno]) from error
 
 
 def partial_name(path: Path) -> Path:

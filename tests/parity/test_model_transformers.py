@@ -12,7 +12,15 @@ from lexmill.model.names import weight_names, weight_shapes
 transformers = pytest.importorskip("transformers")
 
 BASE = dict(
-    vocab_size=331, width=64, layers=3, heads=4, kv_heads=4, head_width=16, mlp_width=96, context=128, norm_eps=1e-5
+    vocab_size=331,
+    width=64,
+    layers=3,
+    heads=4,
+    kv_heads=4,
+    head_width=16,
+    mlp_width=96,
+    context=128,
+    norm_eps=1e-5,
 )
 SHAPES = {
     "plain": {},
@@ -58,7 +66,9 @@ def test_logits_and_gradients_equal_transformers(changes):
     parameters = dict(ours.named_parameters())
     for name in weight_names(config):
         expected = gradients[name.huggingface].grad
-        assert (parameters[name.own].grad - expected).abs().max() < 1e-5 * max(1, expected.abs().max()), name.own
+        assert (parameters[name.own].grad - expected).abs().max() < 1e-5 * max(1, expected.abs().max()), (
+            name.own
+        )
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
@@ -81,7 +91,9 @@ def test_cached_decoding_equals_recomputation_for_left_padded_batches(changes):
     rows = [torch.randint(1, config.vocab_size, (length,), generator=generator) for length in (3, 17, 30)]
     longest = max(len(row) for row in rows)
     padding = torch.tensor([longest - len(row) for row in rows])
-    batch = torch.stack([torch.cat([torch.zeros(int(pad), dtype=torch.long), row]) for pad, row in zip(padding, rows)])
+    batch = torch.stack(
+        [torch.cat([torch.zeros(int(pad), dtype=torch.long), row]) for pad, row in zip(padding, rows)]
+    )
     cache = Cache(config, rows=3, padding=padding)
     with torch.no_grad():
         logits = ours(batch, cache=cache)[:, -1]

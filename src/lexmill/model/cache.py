@@ -42,7 +42,11 @@ class Cache:
     """
 
     def __init__(
-        self, config: ModelConfig, rows: int = 1, padding: Tensor | None = None, dtype: torch.dtype = torch.float32
+        self,
+        config: ModelConfig,
+        rows: int = 1,
+        padding: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = config
         self.length = 0

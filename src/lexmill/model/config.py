@@ -33,7 +33,16 @@ class ModelConfig:
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "context"):
+        for name in (
+            "vocab_size",
+            "width",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_width",
+            "mlp_width",
+            "context",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"'{name}' must be at least 1, but is {getattr(self, name)}.")
         if self.heads % self.kv_heads:
@@ -102,7 +111,9 @@ class ModelConfig:
             value = values.get(key)
             value = default if value is None else value
             if value is None:
-                raise ModelError(f"{where}: the key '{key}' is missing.", "The file may be cut off; copy it again.")
+                raise ModelError(
+                    f"{where}: the key '{key}' is missing.", "The file may be cut off; copy it again."
+                )
             number = kind is float and isinstance(value, int) and not isinstance(value, bool)
             if not (isinstance(value, kind) or number) or (kind is int and isinstance(value, bool)):
                 raise ModelError(f"{where}: '{key}' should be of type {kind.__name__}, but is {value!r}.")
@@ -111,7 +122,8 @@ class ModelConfig:
         family = get("model_type", str)
         if family not in ("llama", "qwen2", "qwen3"):
             raise ModelError(
-                f"{where}: the model type '{family}' is not supported.", "Supported are llama, qwen2 and qwen3."
+                f"{where}: the model type '{family}' is not supported.",
+                "Supported are llama, qwen2 and qwen3.",
             )
         _refuse_unsupported(values, family, where)
         heads, width = get("num_attention_heads", int), get("hidden_size", int)

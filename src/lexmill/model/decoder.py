@@ -82,9 +82,7 @@ class Decoder(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in self.named_parameters():
-                if name.endswith(("attention.out.weight", "mlp.down.weight")):
-                    weight.zero_()
-                elif name.endswith(".bias"):
+                if name.endswith(("attention.out.weight", "mlp.down.weight")) or name.endswith(".bias"):
                     weight.zero_()
                 elif weight.dim() == 1:
                     weight.fill_(1.0)

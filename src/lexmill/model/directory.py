@@ -104,7 +104,9 @@ def write_model_directory(
     """
     path = Path(path)
     if tokenizer.vocab_size > config.vocab_size:
-        raise ModelError(f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model only {config.vocab_size:,}.")
+        raise ModelError(
+            f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model only {config.vocab_size:,}."
+        )
     require_space(path.parent, int(1.1 * sum(weight.nbytes for weight in weights.values())), "The model")
     with atomic_directory(path) as folder:
         ids = tokenizer.ids
@@ -121,7 +123,10 @@ def write_model_directory(
         )
         write_safetensors(
             folder / "model.safetensors",
-            {name.huggingface: np.ascontiguousarray(weights[name.own], np.float32) for name in weight_names(config)},
+            {
+                name.huggingface: np.ascontiguousarray(weights[name.own], np.float32)
+                for name in weight_names(config)
+            },
             metadata={"format": "pt"},
         )
         tokenizer.save(folder, context=config.context)

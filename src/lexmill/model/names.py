@@ -55,7 +55,12 @@ def weight_names(config: ModelConfig) -> list[WeightName]:
     for layer in range(config.layers):
         for own, huggingface, gguf, rope in block:
             names.append(
-                WeightName(f"blocks.{layer}.{own}", f"model.layers.{layer}.{huggingface}", f"blk.{layer}.{gguf}", rope)
+                WeightName(
+                    f"blocks.{layer}.{own}",
+                    f"model.layers.{layer}.{huggingface}",
+                    f"blk.{layer}.{gguf}",
+                    rope,
+                )
             )
     names.append(_MODEL[1])
     return names if config.tied else [*names, _HEAD]

@@ -30,7 +30,8 @@ def check_messages(messages: Any, where: str = "messages") -> list[dict[str, Any
             raise DataError(f"{where}: message {number} is not an object.", hint)
         if message.get("role") not in ROLES:
             raise DataError(
-                f"{where}: message {number} has the role {message.get('role')!r}.", f"Roles are {', '.join(ROLES)}."
+                f"{where}: message {number} has the role {message.get('role')!r}.",
+                f"Roles are {', '.join(ROLES)}.",
             )
         if not isinstance(message.get("content"), str):
             raise DataError(f"{where}: message {number} has no text in 'content'.", hint)
@@ -82,13 +83,17 @@ def _compile(template: str) -> Any:
     import jinja2.sandbox
 
     if len(template) > MAX_TEMPLATE_CHARACTERS:
-        raise FormatError(f"The chat template has {len(template):,} characters; more than 2^20 is not plausible.")
+        raise FormatError(
+            f"The chat template has {len(template):,} characters; more than 2^20 is not plausible."
+        )
 
     def raise_exception(message: str) -> None:
         raise _TemplateRefusal(message)
 
     def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)  # not HTML-escaped, as in transformers
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent
+        )  # not HTML-escaped, as in transformers
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]

@@ -56,7 +56,9 @@ class Tokenizer:
     @functools.cached_property
     def special_texts(self) -> frozenset[str]:
         """The texts that `encode` turns into one special id each."""
-        return frozenset(token.content for token in self._fast.get_added_tokens_decoder().values() if token.special)
+        return frozenset(
+            token.content for token in self._fast.get_added_tokens_decoder().values() if token.special
+        )
 
     @functools.cached_property
     def _literal(self) -> Any:
@@ -113,7 +115,8 @@ class Tokenizer:
         """
         if not self.chat_template:
             raise ModelError(
-                "This model has no chat template.", "It was not made for chat; use 'lexmill generate' instead."
+                "This model has no chat template.",
+                "It was not made for chat; use 'lexmill generate' instead.",
             )
         return render_chat(
             self.chat_template,
@@ -169,7 +172,9 @@ class Tokenizer:
             FormatError: a file is damaged, or names special tokens that do not exist.
         """
         folder = Path(folder)
-        path = require_file(folder / "tokenizer.json", "tokenizer file", "Is the folder a complete model directory?")
+        path = require_file(
+            folder / "tokenizer.json", "tokenizer file", "Is the folder a complete model directory?"
+        )
         if path.stat().st_size > MAX_TOKENIZER_BYTES:
             raise FormatError(f"{path} has {path.stat().st_size:,} bytes; more than 2^28 is not plausible.")
         with explain_os_errors(path, "read"):
@@ -180,7 +185,9 @@ class Tokenizer:
             raise FormatError(f"{path} is not valid UTF-8 (byte {error.start}).") from error
         vocabulary = _parse(text, str(path)).get_vocab(with_added_tokens=True)
         settings = _read_optional(folder / "tokenizer_config.json")
-        generation = _read_optional(folder / "generation_config.json") or _read_optional(folder / "config.json")
+        generation = _read_optional(folder / "generation_config.json") or _read_optional(
+            folder / "config.json"
+        )
         ids = _special_ids(folder, vocabulary, settings, generation)
         template_path = folder / "chat_template.jinja"
         template = settings.get("chat_template") or ""
@@ -277,7 +284,11 @@ def _special_ids(
         if not isinstance(token, int) or not 0 <= token <= max(vocabulary.values()):
             raise FormatError(f"{folder}: the end-of-text id {token!r} is outside the vocabulary.")
     return SpecialIds(
-        bos=bos, eos=eos, pad=pad, stop=tuple(dict.fromkeys(stop)), add_bos=bool(settings.get("add_bos_token", False))
+        bos=bos,
+        eos=eos,
+        pad=pad,
+        stop=tuple(dict.fromkeys(stop)),
+        add_bos=bool(settings.get("add_bos_token", False)),
     )
 
 

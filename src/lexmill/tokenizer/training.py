@@ -11,9 +11,7 @@ from lexmill.tokenizer.special import SPECIAL_TOKENS
 from lexmill.tokenizer.tokenizer import Tokenizer
 
 # The pre-tokenizer that llama.cpp calls "qwen2" (Qwen team, Qwen2 tokenizer.json).
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN2_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
@@ -29,7 +27,9 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         if self.vocab_size < _SMALLEST_VOCABULARY:
-            raise ConfigError(f"'vocab_size' must be at least {_SMALLEST_VOCABULARY} (bytes and special tokens).")
+            raise ConfigError(
+                f"'vocab_size' must be at least {_SMALLEST_VOCABULARY} (bytes and special tokens)."
+            )
         if self.vocab_size > 1 << 20:
             raise ConfigError("'vocab_size' of more than 2^20 is not supported.")
 
@@ -77,7 +77,9 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         raise DataError(
             f"These {characters:,} characters allow a vocabulary of only {reached:,}, "
             f"not the {config.vocab_size:,} asked for.",
-            f"Set tokenizer.vocab_size to {_round_down(reached):,} or less, or give more text.".replace(",", ""),
+            f"Set tokenizer.vocab_size to {_round_down(reached):,} or less, or give more text.".replace(
+                ",", ""
+            ),
         )
     return Tokenizer(fast.to_str())
 

@@ -57,7 +57,9 @@ class Batch:
 
     def rows(self, start: int, end: int) -> Batch:
         """A part of the batch, as views."""
-        return Batch(*(getattr(self, name)[start:end] for name in ("tokens", "targets", "positions", "document")))
+        return Batch(
+            *(getattr(self, name)[start:end] for name in ("tokens", "targets", "positions", "document"))
+        )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Tokens, targets, and where a row holds more than one example: positions and attention mask."""
@@ -165,9 +167,13 @@ class Loader:
     def _pack_epoch(self) -> Batch:
         packed = pack(self._examples(self.epoch), self._length, self._pad_id)
         if packed.target_count == 0:
-            raise TrainingError("There are no targets to learn from.", "Check the data: are the replies empty?")
+            raise TrainingError(
+                "There are no targets to learn from.", "Check the data: are the replies empty?"
+            )
         order = np.random.default_rng([self._seed, self.epoch]).permutation(len(packed.tokens))
-        return Batch(packed.tokens[order], packed.targets[order], packed.positions[order], packed.document[order])
+        return Batch(
+            packed.tokens[order], packed.targets[order], packed.positions[order], packed.document[order]
+        )
 
 
 def fixed_batches(examples: Iterable[Example], *, rows: int, length: int, pad_id: int) -> list[Batch]:

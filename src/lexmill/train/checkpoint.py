@@ -38,7 +38,8 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizers: OptimizerSet, po
     with atomic_directory(folder / f"step-{position.step:08d}") as target:
         write_safetensors(target / "model.safetensors", weights)
         write_safetensors(
-            target / "optimizer.safetensors", optimizers.state() | {"torch_rng": torch.get_rng_state().numpy()}
+            target / "optimizer.safetensors",
+            optimizers.state() | {"torch_rng": torch.get_rng_state().numpy()},
         )
         files = ("model.safetensors", "optimizer.safetensors")
         hashes = {name: sha256_file(target / name) for name in files}

@@ -28,7 +28,9 @@ from lexmill.train.schedule import learning_rate_factor
 # (model, batch) -> (sum of the losses of all targets in nats, number of targets)
 Objective = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 
-_CALIBRATION_STEPS = 6  # after which a budget in minutes becomes a number of steps
+# A budget in minutes becomes a number of steps after so many; the first ones are slow and do not count.
+_CALIBRATION_STEPS = 12
+_SLOW_STEPS = 4
 _MOST_SKIPPED_IN_A_ROW = 10
 
 
@@ -114,7 +116,9 @@ def train(
     """
     run = _Run(model, objective, loader, config, folder, hooks or Hooks())
     run.resume(progress)
-    with progress.task(label, config.minutes and config.minutes * 60 or run.position.total_steps, run.unit) as task:
+    with progress.task(
+        label, config.minutes * 60 if config.minutes else run.position.total_steps, run.unit
+    ) as task:
         task.advance(run.position.seconds if config.minutes else run.position.step)
         task.started -= run.position.seconds
         with _graceful_interrupt() as interrupted:
@@ -137,9 +141,21 @@ class _Run:
     """The state of one call of `train`."""
 
     def __init__(
-        self, model: nn.Module, objective: Objective, loader: Loader, config: TrainConfig, folder: Path, hooks: Hooks
+        self,
+        model: nn.Module,
+        objective: Objective,
+        loader: Loader,
+        config: TrainConfig,
+        folder: Path,
+        hooks: Hooks,
     ) -> None:
-        self.model, self.objective, self.loader, self.config, self.hooks = model, objective, loader, config, hooks
+        self.model, self.objective, self.loader, self.config, self.hooks = (
+            model,
+            objective,
+            loader,
+            config,
+            hooks,
+        )
         self.folder = folder
         self.unit = "seconds" if config.minutes else "steps"
         self.precision = choose_precision(config.precision)
@@ -154,6 +170,7 @@ class _Run:
         self.log = MetricsLog(folder / "metrics.jsonl")
         self.smooth_loss = math.nan
         self.note = ""
+        self._slow_seconds = 0.0
         self._skipped_in_a_row = 0
         self._last_save = time.perf_counter()
 
@@ -210,12 +227,22 @@ class _Run:
             seconds=round(position.seconds, 2),
             tokens_per_second=round(rate),
         )
-        if config.minutes and not position.total_steps and position.step >= _CALIBRATION_STEPS:
-            pace = position.seconds / position.step
-            position.total_steps = max(position.step, round(config.minutes * 60 / pace))
+        if config.minutes and not position.total_steps:
+            self._calibrate(config.minutes * 60)
         self._hooks(progress)
-        if not self.finished and time.perf_counter() - self._last_save >= config.checkpoint_seconds:
+        due = time.perf_counter() - self._last_save >= config.checkpoint_seconds
+        if due and position.total_steps and not self.finished:
             self.save()
+
+    def _calibrate(self, budget_seconds: float) -> None:
+        """Turn a budget in seconds into a number of steps, once; a checkpoint remembers it."""
+        position = self.position
+        if position.step == _SLOW_STEPS:
+            self._slow_seconds = position.seconds
+        if position.step >= _CALIBRATION_STEPS or position.seconds >= budget_seconds:
+            pace = (position.seconds - self._slow_seconds) / max(position.step - _SLOW_STEPS, 1)
+            left = max(budget_seconds - position.seconds, 0.0)
+            position.total_steps = position.step + round(left / max(pace, 1e-9))
 
     def _gradients(self, batch: Batch) -> float:
         """Add up the gradient of the mean loss over all targets of the batch; returns that loss."""

@@ -32,7 +32,9 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                updates = torch.stack([self._momentum(parameter, group["momentum"]) for parameter in parameters])
+                updates = torch.stack(
+                    [self._momentum(parameter, group["momentum"]) for parameter in parameters]
+                )
                 updates = orthogonalise(updates)
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, update in zip(parameters, updates):
@@ -76,8 +78,12 @@ class OptimizerSet:
         weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.95),
     ) -> None:
-        self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        matrices = [p for p, name in self._names.items() if kind == "muon" and p.dim() == 2 and ".weight" in name]
+        self._names = {
+            parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+        matrices = [
+            p for p, name in self._names.items() if kind == "muon" and p.dim() == 2 and ".weight" in name
+        ]
         matrices = [p for p in matrices if not self._names[p].startswith(("embed.", "head."))]
         chosen = set(matrices)
         rest = [p for p in self._names if p not in chosen]
@@ -117,7 +123,12 @@ class OptimizerSet:
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Take up the state that `state` gave for the same model."""
         parameters = {name: parameter for parameter, name in self._names.items()}
-        owner = {p: optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        owner = {
+            p: optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
         for optimizer in self.optimizers:
             optimizer.state.clear()
         for key, array in arrays.items():

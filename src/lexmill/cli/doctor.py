@@ -1,0 +1,79 @@
+"""`lexmill doctor`: what this machine offers, and what is missing."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+from lexmill.cli.options import Json, begin_computing, print_json
+
+_NEEDED = ("torch", "numpy", "tokenizers", "pyarrow")
+_OPTIONAL = {
+    "transformers": ("compares answers with Hugging Face", 'pip install "lexmill[runtimes]"'),
+    "xllamacpp": ("compares answers with llama.cpp", 'pip install "lexmill[runtimes]"'),
+}
+
+
+def doctor(
+    json: Json = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Do not measure matrix products.")] = False,
+) -> None:
+    """Show cores, instruction sets, number formats and installed runtimes, and what to install."""
+    found = _examine(fast)
+    if json:
+        print_json(found)
+        return
+    machine = found["machine"]
+    typer.echo(f"CPU          {machine['cpu']}, {machine['cores']} cores usable, {found['threads']} threads")
+    typer.echo(
+        f"instructions {' '.join(machine['features']) or 'none of those we know'} ({found['cpu_class']})"
+    )
+    typer.echo(f"memory       {machine['memory_bytes'] / 2**30:.1f} GiB")
+    for name, rate in found["matmul_gflops"].items():
+        typer.echo(f"{name:<12} {rate:,.1f} GFLOP/s in a matrix product")
+    if found["matmul_gflops"]:
+        typer.echo(f"training     computes in {found['precision']}")
+    typer.echo(f"GPU          {found['gpu']}")
+    for name, version in found["packages"].items():
+        typer.echo(f"{name:<12} {version}")
+    for name, (use, command) in _OPTIONAL.items():
+        if found["packages"][name] == "not installed":
+            typer.echo(f"missing: {name}, which {use}. Install it with: {command}")
+
+
+def _examine(fast: bool) -> dict[str, Any]:
+    from lexmill.devices import this_machine, threads
+
+    machine = this_machine()
+    packages = {}
+    for name in (*_NEEDED, *_OPTIONAL):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = "not installed"
+    rates: dict[str, float] = {}
+    precision, gpu = "", "not looked for"
+    if not fast and packages["torch"] != "not installed":
+        begin_computing()
+        import torch
+
+        from lexmill.train.precision import choose_precision, matmul_gflops
+
+        matmul_gflops(torch.float32)
+        rates = {
+            str(dtype).removeprefix("torch."): round(matmul_gflops(dtype, seconds=0.2), 1)
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+        precision = choose_precision()
+        gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none that torch can use"
+    return {
+        "machine": vars(machine),
+        "cpu_class": machine.cpu_class,
+        "threads": threads(),
+        "matmul_gflops": rates,
+        "precision": precision,
+        "gpu": gpu,
+        "packages": packages,
+    }

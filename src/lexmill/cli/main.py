@@ -1,0 +1,102 @@
+"""The entry point: gathers the verbs, and turns errors that a user can mend into a message and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from lexmill.cli import (
+    chat,
+    doctor,
+    evaluate,
+    export,
+    finetune,
+    generate,
+    prepare,
+    pretrain,
+    report,
+    run,
+    tokenizer,
+    verify,
+)
+
+app = typer.Typer(
+    name="lexmill",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "From raw data to a running language model.\n\n"
+        "Begin with: lexmill run recipes/quickstart.toml\n\n"
+        "Exit codes: 0 done; 1 verify found a difference; 2 something that you can mend; "
+        "130 interrupted (the same command goes on)."
+    ),
+)
+app.command("run")(run.run)
+app.command("prepare")(prepare.prepare)
+app.add_typer(tokenizer.app, name="tokenizer")
+app.command("pretrain")(pretrain.pretrain)
+app.command("finetune")(finetune.finetune)
+app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.add_typer(export.app, name="export")
+app.command("verify")(verify.verify)
+app.command("report")(report.report)
+app.command("doctor")(doctor.doctor)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from lexmill import __version__
+
+        typer.echo(f"lexmill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", help="Show the version.", callback=_version, is_eager=True
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    from lexmill.errors import LexmillError
+    from lexmill.files import explain_os_errors
+
+    try:
+        from pathlib import Path
+
+        with explain_os_errors(Path.cwd(), "work in"):
+            app()
+    except LexmillError as error:
+        _complain(error.message, error.hint)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _complain("Interrupted.", "The same command goes on where it stopped.")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except MemoryError:
+        _complain("There is not enough memory.", "Lower 'rows' or 'micro_rows', or choose a smaller model.")
+        sys.exit(2)
+
+
+def _complain(message: str, hint: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text("error: ", style="bold red") + Text(message, style="not bold default")
+    if hint:
+        text += Text(f"\n{hint}", style="not bold cyan")
+    Console(stderr=True, soft_wrap=True, highlight=False).print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What several verbs share: option types, progress that fits the output, figures as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lexmill.progress import Progress
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results and errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write; whole or not at all.")]
+Model = Annotated[Path, typer.Argument(help="A model directory or a run directory.", metavar="MODEL")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may repeat.")
+]
+
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="At most so many new tokens.", min=0)]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", help="0 is greedy: always the likeliest.", min=0)
+]
+TopK = Annotated[int, typer.Option("--top-k", help="Draw from the k likeliest; 0 for all.", min=0)]
+TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest that together reach p.")]
+MinP = Annotated[
+    float, typer.Option("--min-p", help="Drop what is less than min-p times as likely as the best.")
+]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 makes repetition less likely.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="The same seed draws the same text.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may repeat.")]
+
+
+def console(stderr: bool = False) -> Any:
+    """A rich console; NO_COLOR and pipes are honoured by rich itself."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def make_progress(quiet: bool = False) -> Progress:
+    """A live bar on a terminal, plain lines in a pipe, nothing with --quiet."""
+    from lexmill.progress import SILENT, PlainProgress, TerminalProgress
+
+    if quiet:
+        return SILENT
+    return TerminalProgress(console(stderr=True)) if sys.stderr.isatty() else PlainProgress()
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, for scripts."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def begin_computing() -> None:
+    """Settings of a process that is about to compute: threads, and a malloc that keeps its memory."""
+    import os
+
+    from lexmill import devices
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(devices.threads()))
+    devices.keep_freed_memory()

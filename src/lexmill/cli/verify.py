@@ -1,0 +1,72 @@
+"""`lexmill verify`: do all runtimes give the same answers?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lexmill.cli.options import Json, Model, Quiet, begin_computing, console, make_progress, print_json
+
+
+def verify(
+    model: Model,
+    gguf: Annotated[
+        list[Path] | None, typer.Option("--gguf", help="A GGUF file of the model; may repeat.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Length of the greedy continuations.", min=1)] = 64,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the checks to this JSON file.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check token ids, chat prompts, logits and greedy text against transformers and llama.cpp.
+
+    Exit code 0: all equal. 1: a difference. 2: nothing could be checked.
+    """
+    begin_computing()
+    from lexmill.inference.language_model import find_model
+    from lexmill.runtimes.verify import verify as run_verify
+
+    path = find_model(model)
+    files = gguf if gguf else sorted((path.parent / "export").glob("*.gguf"))
+    report = run_verify(path, files, tokens=tokens, progress=make_progress(quiet or json))
+    if out:
+        report.write(out)
+    if json:
+        print_json(report.to_json())
+    else:
+        show_checks(report.to_json()["checks"], console())
+    raise typer.Exit(report.exit_code)
+
+
+def show_checks(checks: list[dict[str, Any]], screen: Any) -> None:
+    """Print one row a runtime and one column a check; details of what is not equal follow."""
+    from rich.table import Table
+    from rich.text import Text
+
+    names = list(dict.fromkeys(check["check"] for check in checks))
+    table = Table(title="the same answers as lexmill?", title_justify="left")
+    table.add_column("runtime", overflow="fold")
+    for name in names:
+        table.add_column(name, overflow="fold")
+    words = {True: ("equal", "green"), False: ("DIFFERENT", "bold red"), None: ("not checked", "yellow")}
+    for runtime in dict.fromkeys(check["runtime"] for check in checks):
+        cells = []
+        for name in names:
+            found = [check for check in checks if check["runtime"] == runtime and check["check"] == name]
+            if not found:
+                cells.append(Text("-"))
+                continue
+            word, style = words[found[0]["passed"]]
+            figure = found[0]["figure"]
+            shown = f" ({figure:.1e})" if isinstance(figure, float) and figure else ""
+            cells.append(Text(word + shown, style))
+        table.add_row(runtime, *cells)
+    screen.print(table)
+    for check in checks:
+        if check["passed"] is not True:
+            state = words[check["passed"]][0]
+            screen.print(Text(f"{check['runtime']}, {check['check']}: {state}. {check['detail']}"))

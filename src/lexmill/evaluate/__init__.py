@@ -1,0 +1,1 @@
+"""How good a model is: loss and bits per byte on held-out text, accuracy of its replies."""

@@ -1,0 +1,167 @@
+"""The evaluation stage: figures of a model on held-out documents, optionally beside those of its base."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lexmill.data.documents import Document, read_documents
+from lexmill.errors import DataError
+from lexmill.finetune.chat import chat_example, fit
+from lexmill.inference.language_model import LanguageModel
+from lexmill.progress import SILENT, Progress
+from lexmill.train.batches import IGNORED, Batch, Example, fixed_batches, next_token_example
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """The `[evaluate]` table of a recipe."""
+
+    text_tokens: int = 65536  # of held-out text, at most
+    rows: int = 16
+    replies: int = 100  # conversations answered in full, at most, held-out and seen ones each
+    reply_tokens: int = 48
+    examples: int = 12  # question-and-answer pairs kept for the report
+
+
+def evaluate(
+    config: EvaluateConfig,
+    model: LanguageModel,
+    documents: Path,
+    *,
+    base: LanguageModel | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Measure `model`, and `base` for comparison, on the documents that `prepare` wrote.
+
+    Returns:
+        {"text": {"before"?, "after"}, "replies": {"before"?, "after", "seen_after"}, "examples"}, where
+        "text" has the mean loss in nats a token, perplexity, bits per byte; "replies" has the loss and
+        accuracy of the next token with the true reply so far given, and the share of replies that greedy
+        generation gets exactly right. "seen_after" is measured on conversations of the training split.
+
+    Raises:
+        DataError: nothing to measure on.
+    """
+    held_out = list(read_documents(documents / "validation.parquet"))
+    texts = [document for document in held_out if document.kind == "text"]
+    chats = [document for document in held_out if document.kind == "chat"]
+    seen = [document for document in read_documents(documents / "train.parquet") if document.kind == "chat"]
+    if not texts and not chats:
+        raise DataError(
+            f"{documents}: there is nothing held out to measure on.", "Set validation_fraction above 0."
+        )
+    models = ([("before", base)] if base else []) + [("after", model)]
+    scores: dict[str, Any] = {"text": {}, "replies": {}, "examples": []}
+    with progress.task("evaluating", 3 * len(models), "measures") as task:
+        for name, one in models:
+            if texts:
+                scores["text"][name] = text_scores(one, texts, config)
+            task.advance()
+            if chats and one.tokenizer.chat_template:
+                scores["replies"][name] = reply_scores(one, chats, config)
+                task.advance()
+                if name == "after" and seen:
+                    scores["replies"]["seen_after"] = reply_scores(one, seen[: config.replies], config)
+            task.advance()
+    scores["examples"] = _examples(models, chats, seen, config)
+    return scores
+
+
+def text_scores(model: LanguageModel, documents: list[Document], config: EvaluateConfig) -> dict[str, float]:
+    """Loss on held-out text in rows of the model's context; every token but a text's first is predicted once."""
+    tokenizer, length = model.tokenizer, model.config.context
+    examples: list[Example] = []
+    size = tokens = 0
+    begin = [] if tokenizer.ids.bos is None else [tokenizer.ids.bos]
+    for document in documents:
+        ids = np.array(begin + tokenizer.encode(document.text or "", special=False), np.int64)
+        for start in range(0, len(ids) - 1, length):
+            if tokens >= config.text_tokens:
+                break
+            piece = ids[start : start + length + 1]
+            examples.append(next_token_example(piece))
+            tokens += len(piece) - 1
+            # what the targets of this piece stand for, so that nats and bytes belong together
+            size += len(tokenizer.decode(piece[1:].tolist()).encode("utf-8"))
+    loss, _, targets = _measure(model, examples, config)
+    return {
+        "loss": round(loss, 5),
+        "perplexity": round(math.exp(min(loss, 700)), 4),
+        "bits_per_byte": round(loss * targets / math.log(2) / max(size, 1), 5),
+        "targets": targets,
+    }
+
+
+def reply_scores(model: LanguageModel, documents: list[Document], config: EvaluateConfig) -> dict[str, float]:
+    """How well the replies of conversations are predicted, and how many come out exactly."""
+    length = model.config.context
+    examples = [fit(chat_example(document.messages or (), model.tokenizer), length) for document in documents]
+    loss, accuracy, targets = _measure(model, [example for example in examples if example], config)
+    asked = [pair for pair in map(_first_exchange, documents[: config.replies]) if pair]
+    exact = sum(
+        model.chat(messages, max_tokens=config.reply_tokens).strip() == reply.strip()
+        for messages, reply in asked
+    )
+    return {
+        "loss": round(loss, 5),
+        "token_accuracy": round(accuracy, 5),
+        "exact": round(exact / max(len(asked), 1), 5),
+        "conversations": len(asked),
+        "targets": targets,
+    }
+
+
+def _measure(
+    model: LanguageModel, examples: list[Example], config: EvaluateConfig
+) -> tuple[float, float, int]:
+    """Mean loss, share of targets whose most probable token is right, number of targets."""
+    pad = model.tokenizer.ids.pad or 0
+    loss, right, targets = 0.0, 0, 0
+    for batch in fixed_batches(examples, rows=config.rows, length=model.config.context, pad_id=pad):
+        part_loss, part_right = _batch_scores(model, batch)
+        loss, right, targets = loss + part_loss, right + part_right, targets + batch.target_count
+    if not targets:
+        raise DataError("There are no targets to measure on.")
+    return loss / targets, right / targets, targets
+
+
+def _batch_scores(model: LanguageModel, batch: Batch) -> tuple[float, int]:
+    tokens, targets, positions, mask = batch.tensors()
+    with torch.inference_mode():
+        logits = model.decoder(tokens, positions, mask).flatten(0, 1)
+        flat = targets.flatten()
+        loss = torch.nn.functional.cross_entropy(logits, flat, ignore_index=IGNORED, reduction="sum")
+        return float(loss), int((logits.argmax(-1) == flat).sum())
+
+
+def _first_exchange(document: Document) -> tuple[list[dict[str, str]], str] | None:
+    """The messages before the first reply, and that reply."""
+    messages = [dict(message) for message in document.messages or ()]
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant" and index:
+            return messages[:index], message["content"]
+    return None
+
+
+def _examples(
+    models: list[tuple[str, Any]], chats: list[Document], seen: list[Document], config: EvaluateConfig
+) -> list[dict[str, Any]]:
+    """Questions with the expected and the given answers: half from training, half held out."""
+    half = config.examples // 2
+    found = []
+    for split, documents in (("training", seen[: config.examples - half]), ("held out", chats[:half])):
+        for document in documents:
+            exchange = _first_exchange(document)
+            if exchange:
+                answers = {
+                    name: model.chat(exchange[0], max_tokens=config.reply_tokens) for name, model in models
+                }
+                question = exchange[0][-1]["content"]
+                found.append({"split": split, "question": question, "expected": exchange[1], **answers})
+    return found

@@ -1,0 +1,1 @@
+"""Stage 4: a pretrained model learns a task from labelled examples."""

@@ -1,0 +1,1 @@
+"""Stage 5: models at work. Sampling, generation and chat need no torch; the torch backend does."""

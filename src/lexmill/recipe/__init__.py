@@ -1,0 +1,1 @@
+"""The whole life of a model as cached steps: plan, run, resume, report."""

@@ -1,0 +1,147 @@
+"""Which steps of a recipe are done, and which must run and why. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lexmill
+from lexmill.errors import LexmillError
+from lexmill.files import read_json, sha256_file, sha256_json
+from lexmill.recipe.config import Recipe
+from lexmill.recipe.steps import STEP_KINDS, STEP_PACKAGES
+
+RECORD = "step.json"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One step of a plan. `reason` is "" when it is done."""
+
+    step: str
+    parts: dict[str, Any]  # what the result depends on, by name
+    reason: str
+    record: dict[str, Any]  # what is remembered of its last run; empty if there was none
+
+    @property
+    def key(self) -> str:
+        """The hash of everything that the result depends on."""
+        return sha256_json(self.parts)
+
+
+def record_path(run: Path, step: str) -> Path:
+    """Where a finished step is remembered."""
+    return run / step / RECORD
+
+
+def read_record(run: Path, step: str) -> dict[str, Any]:
+    """What is remembered of a step; empty when it never ended."""
+    path = record_path(run, step)
+    try:
+        record = read_json(path, "step record") if path.is_file() else {}
+    except LexmillError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def make_plan(recipe: Recipe, run: Path, start: str | None = None) -> list[Planned]:
+    """Plan all steps in order.
+
+    Args:
+        start: this step and all that need it run again, done or not.
+    """
+    plan: list[Planned] = []
+    rerun: set[str] = set()
+    for step, kind in STEP_KINDS.items():
+        record = read_record(run, step)
+        parts = {
+            "recipe": recipe.tables[step],
+            "code": code_version(kind.rooms),
+            "packages": {name: _version(name) for name in STEP_PACKAGES.get(step, ())},
+            "inputs": _inputs(recipe, run, step),
+        }
+        if step == start:
+            reason = "asked for with --from"
+        elif changed := [need for need in kind.needs if need in rerun]:
+            reason = f"needs {', '.join(changed)}, which runs"
+        else:
+            reason = _why(record, parts, run)
+        if reason:
+            rerun.add(step)
+        plan.append(Planned(step, parts, reason, record))
+    return plan
+
+
+def _inputs(recipe: Recipe, run: Path, step: str) -> dict[str, str]:
+    """The hashes of what a step reads: outputs of earlier steps, or raw files."""
+    if step == "prepare":
+        return _raw_files(recipe)
+    hashes = {}
+    for need in STEP_KINDS[step].needs:
+        outputs = read_record(run, need).get("outputs", {})
+        hashes |= {path: entry.get("sha256", "") for path, entry in outputs.items() if not _is_log(path)}
+    return hashes
+
+
+def _is_log(path: str) -> bool:
+    """Files that hold times: they differ from run to run and decide nothing."""
+    return Path(path).name in ("metrics.jsonl", "result.json", "verify.json", "samples.jsonl")
+
+
+def _raw_files(recipe: Recipe) -> dict[str, str]:
+    from lexmill.data.folders import find_inputs
+
+    config = recipe.table("prepare")
+    files = find_inputs([source.path for source in config.sources], recipe.base)
+    return {str(path): sha256_file(path) for path in files}
+
+
+def _why(record: dict[str, Any], parts: dict[str, Any], run: Path) -> str:
+    if not record:
+        return "not done yet"
+    old = record.get("parts", {})
+    if record.get("key") != sha256_json(parts):
+        names = {
+            "recipe": "the recipe",
+            "code": "lexmill's code",
+            "packages": "a package",
+            "inputs": "its input",
+        }
+        changed = [said for name, said in names.items() if old.get(name) != parts[name]]
+        if parts["recipe"] != old.get("recipe"):
+            now, before = parts["recipe"], old.get("recipe") or {}
+            keys = sorted(key for key in {*now, *before} if now.get(key) != before.get(key))
+            return f"the recipe changed: {', '.join(keys)}"
+        return f"{' and '.join(changed)} changed"
+    for path, entry in record.get("outputs", {}).items():
+        if not (run / path).is_file():
+            return f"{path} is missing"
+        if (run / path).stat().st_size != entry["bytes"] or sha256_file(run / path) != entry["sha256"]:
+            return f"{path} was changed by somebody"
+    return ""
+
+
+@functools.lru_cache(maxsize=64)
+def code_version(rooms: tuple[str, ...]) -> str:
+    """The hash of the source of these rooms and modules of lexmill."""
+    root = Path(lexmill.__file__).parent
+    digest = hashlib.sha256()
+    for room in rooms:
+        path = root / room.replace(".", "/")
+        files = sorted(path.rglob("*")) if path.is_dir() else [path.with_suffix(".py")]
+        for file in files:
+            if file.is_file() and "__pycache__" not in file.parts:
+                digest.update(f"{file.relative_to(root)}\0".encode())
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,168 @@
+"""Running a recipe: only what must run, each step whole or not at all, going on where it was stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from lexmill.errors import ConfigError, FileError
+from lexmill.files import (
+    atomic_write,
+    exclusive_lock,
+    explain_os_errors,
+    remove_partials,
+    replace_path,
+    sha256_file,
+    write_json,
+)
+from lexmill.progress import SILENT, Progress, format_duration
+from lexmill.recipe.config import STEPS, Recipe, read_recipe, to_toml
+from lexmill.recipe.plan import Planned, make_plan, read_record, record_path
+from lexmill.recipe.steps import STEP_KINDS, Place
+
+WORK = ".work"
+
+
+def run(
+    recipe: Recipe | Path | str,
+    out: Path | None = None,
+    *,
+    start: str | None = None,
+    overrides: tuple[str, ...] = (),
+    progress: Progress = SILENT,
+) -> list[Planned]:
+    """Run a recipe, or what is left of it.
+
+    Args:
+        recipe: a recipe or the path of one.
+        out: the run directory; `runs/NAME` when not given.
+        start: run this step and what needs it again, even if done.
+
+    Returns:
+        The plan that was carried out. A step whose `reason` is empty was done already.
+
+    Raises:
+        LexmillError: whatever a step found wrong. What was finished stays, and the same call goes on.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = read_recipe(recipe, overrides)
+    folder = run_directory(recipe, out)
+    if start is not None and start not in STEPS:
+        raise ConfigError(f"There is no step '{start}'.", f"Steps are {', '.join(STEPS)}.")
+    with exclusive_lock(folder / ".lock", f"the run {folder}"):
+        first = make_plan(recipe, folder, start)
+        waiting = [planned for planned in first if planned.reason]
+        if not waiting:
+            return first
+        recipe.check()
+        _check_writable(folder)
+        remove_partials(folder)
+        with atomic_write(folder / "recipe.toml", "w") as file:
+            file.write(to_toml(recipe))
+        _compute_settings()
+        for step in STEP_KINDS:
+            # planned anew: what a step reads is known only when the one before has ended
+            planned = next(
+                one for one in make_plan(recipe, folder, start if step == start else None) if one.step == step
+            )
+            if planned.reason:
+                _run_step(recipe, folder, planned, progress)
+    return first
+
+
+def run_directory(recipe: Recipe, out: Path | None = None) -> Path:
+    """Where a recipe's run lies."""
+    folder = out or Path("runs") / recipe.name
+    if folder.exists() and not folder.is_dir():
+        raise FileError(f"{folder} is a file, but a run needs a folder.", "Choose another folder with --out.")
+    if folder.is_dir() and any(folder.iterdir()) and not _looks_like_a_run(folder):
+        raise FileError(
+            f"{folder} holds files that are no run of a recipe.",
+            "Choose an empty or a new folder with --out.",
+        )
+    return folder
+
+
+def _looks_like_a_run(folder: Path) -> bool:
+    return (folder / "recipe.toml").exists() or (folder / ".lock").exists()
+
+
+def _check_writable(folder: Path) -> None:
+    with explain_os_errors(folder, "write into"):
+        probe = folder / ".write-test.partial"
+        probe.write_bytes(b"x")
+        probe.unlink()
+
+
+def _compute_settings() -> None:
+    """Threads and memory of this process, before any step computes."""
+    from lexmill import devices
+
+    devices.keep_freed_memory()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("OMP_NUM_THREADS", str(devices.threads()))
+
+
+def _run_step(recipe: Recipe, folder: Path, planned: Planned, progress: Progress) -> None:
+    step, kind = planned.step, STEP_KINDS[planned.step]
+    work = _work_folder(folder, planned)
+    progress.say(f"{step}: {planned.reason or 'asked for with --from'}")
+    started = time.perf_counter()
+    lineage = {
+        "lexmill": planned.parts["code"][:16],
+        "recipe": recipe.name,
+        "data_sha256": _data_hash(folder),
+    }
+    figures = kind.make(Place(folder, work, recipe, progress, lineage))
+    seconds = time.perf_counter() - started
+    record_path(folder, step).unlink(missing_ok=True)
+    outputs: dict[str, Any] = {}
+    for name, target in kind.publish.items():
+        (folder / target).parent.mkdir(parents=True, exist_ok=True)
+        replace_path(work / name, folder / target)
+        files = [folder / target] if (folder / target).is_file() else sorted((folder / target).rglob("*"))
+        for path in files:
+            if path.is_file():
+                outputs[path.relative_to(folder).as_posix()] = {
+                    "sha256": sha256_file(path),
+                    "bytes": path.stat().st_size,
+                }
+    write_json(
+        record_path(folder, step),
+        {
+            "step": step,
+            "key": planned.key,
+            "parts": planned.parts,
+            "outputs": outputs,
+            "seconds": round(seconds, 2),
+            "figures": figures,
+        },
+    )
+    shutil.rmtree(work, ignore_errors=True)
+    told = ", ".join(f"{name} {_said(value)}" for name, value in list(figures.items())[:6])
+    progress.say(f"  done in {format_duration(seconds)}: {told}")
+
+
+def _said(value: Any) -> str:
+    return (
+        f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+    )
+
+
+def _work_folder(folder: Path, planned: Planned) -> Path:
+    """The step's own folder; what an attempt with other inputs left there is thrown away."""
+    work = folder / WORK / planned.step
+    key = work / "key"
+    if not key.is_file() or key.read_text("utf-8") != planned.key:
+        shutil.rmtree(work, ignore_errors=True)
+        with atomic_write(key, "w") as file:
+            file.write(planned.key)
+    return work
+
+
+def _data_hash(folder: Path) -> str:
+    outputs = read_record(folder, "prepare").get("outputs", {})
+    return outputs.get("prepare/train.parquet", {}).get("sha256", "")

@@ -1,0 +1,304 @@
+"""What each step of a recipe reads, makes and depends on. The stages themselves live in their rooms."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lexmill.files import read_json, write_json
+from lexmill.progress import Progress
+from lexmill.recipe.config import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The `[export]` table: which GGUF types to write, and a system prompt for the Modelfile."""
+
+    types: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0")
+    ollama_type: str = "q8_0"
+    system: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """The `[verify]` table: how many tokens the greedy continuations have."""
+
+    tokens: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """The `[report]` table: nothing to set."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step works.
+
+    `run` is the run directory with the finished steps; `work` is this step's own folder, kept
+    from one attempt to the next while its inputs stay the same.
+    """
+
+    run: Path
+    work: Path
+    recipe: Recipe
+    progress: Progress
+    lineage: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """A step: what it depends on and what it publishes.
+
+    Attributes:
+        needs: earlier steps whose outputs it reads.
+        rooms: packages and modules of lexmill whose code decides its result.
+        publish: names in the work folder, and where each goes in the run directory.
+        make: does the work; returns figures to remember.
+    """
+
+    needs: tuple[str, ...]
+    rooms: tuple[str, ...]
+    publish: dict[str, str]
+    make: Callable[[Place], dict[str, Any]]
+
+
+def _prepare(place: Place) -> dict[str, Any]:
+    from lexmill.data.prepare import prepare
+
+    result = prepare(place.recipe.table("prepare"), place.work / "prepare", place.recipe.base, place.progress)
+    figures = {"files": result.files}
+    for split, kinds in result.counts.items():
+        for kind, counts in kinds.items():
+            figures[f"{split} {kind} documents"] = counts["documents"]
+            figures[f"{split} {kind} characters"] = counts["characters"]
+    return figures
+
+
+def document_texts(path: Path) -> Iterator[str]:
+    """The texts of documents and the contents of messages, for a tokenizer to be trained on."""
+    from lexmill.data.documents import read_documents
+
+    for document in read_documents(path):
+        if document.text:
+            yield document.text
+        for message in document.messages or ():
+            yield message["content"]
+
+
+def _tokenizer(place: Place) -> dict[str, Any]:
+    from lexmill.tokenizer.training import bytes_per_token, train_tokenizer
+
+    documents = place.run / "prepare"
+    with place.progress.task("training the tokenizer", None, "documents"):
+        tokenizer = train_tokenizer(
+            document_texts(documents / "train.parquet"), place.recipe.table("tokenizer")
+        )
+    tokenizer.save(place.work / "tokenizer")
+    held_out = bytes_per_token(tokenizer, document_texts(documents / "validation.parquet"))
+    return {"vocabulary": tokenizer.vocab_size, "bytes per token (held out)": round(held_out, 4)}
+
+
+def continue_text(decoder: Any, tokenizer: Any, prompt: str) -> str:
+    from lexmill.inference.language_model import LanguageModel
+
+    return LanguageModel(decoder, tokenizer).generate(
+        prompt, max_tokens=40, temperature=0.8, top_p=0.95, seed=0
+    )
+
+
+def answer_question(decoder: Any, tokenizer: Any, question: str) -> str:
+    from lexmill.inference.language_model import LanguageModel
+
+    return LanguageModel(decoder, tokenizer).chat([{"role": "user", "content": question}], max_tokens=40)
+
+
+def _pretrain(place: Place) -> dict[str, Any]:
+    from lexmill.pretrain.stage import pretrain
+    from lexmill.tokenizer.tokenizer import Tokenizer
+
+    directory, result = pretrain(
+        place.recipe.table("pretrain"),
+        place.run / "prepare",
+        Tokenizer.load(place.run / "tokenizer"),
+        place.work / "pretrain",
+        sample=continue_text,
+        lineage=place.lineage,
+        progress=place.progress,
+    )
+    return {"parameters": directory.config.parameters, **_training_figures(result)}
+
+
+def _training_figures(result: Any) -> dict[str, Any]:
+    return {
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "tokens per second": round(result.tokens / max(result.seconds, 1e-9)),
+        "last loss": round(result.loss, 4),
+        "precision": result.precision,
+        "steps skipped": result.skipped,
+    }
+
+
+def _finetune(place: Place) -> dict[str, Any]:
+    from lexmill.finetune.stage import finetune
+    from lexmill.model.directory import ModelDirectory
+
+    base = ModelDirectory.open(place.run / "pretrain" / "model")
+    _, result = finetune(
+        place.recipe.table("finetune"),
+        base,
+        place.run / "prepare",
+        place.work / "finetune",
+        reply=answer_question,
+        progress=place.progress,
+    )
+    return _training_figures(result)
+
+
+def _evaluate(place: Place) -> dict[str, Any]:
+    from lexmill.evaluate.stage import evaluate
+    from lexmill.inference.language_model import load
+
+    scores = evaluate(
+        place.recipe.table("evaluate"),
+        load(place.run / "finetune" / "model"),
+        place.run / "prepare",
+        base=load(place.run / "pretrain" / "model"),
+        progress=place.progress,
+    )
+    write_json(place.work / "evaluate" / "scores.json", scores)
+    return _flat({key: scores[key] for key in ("text", "replies")})
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: inner
+        for name, part in value.items()
+        for key, inner in _flat(part, f"{prefix} {name}".strip()).items()
+    }
+
+
+def _export(place: Place) -> dict[str, Any]:
+    from lexmill.model.directory import LINEAGE_FILE, ModelDirectory
+    from lexmill.runtimes.huggingface import export_huggingface
+    from lexmill.runtimes.llama_cpp import export_gguf
+    from lexmill.runtimes.ollama import write_modelfile
+
+    config = place.recipe.table("export")
+    model = place.work / "model"
+    shutil.rmtree(model, ignore_errors=True)
+    staged = place.work / "staged"
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.copytree(place.run / "finetune" / "model", staged)
+    scores = read_json(place.run / "evaluate" / "scores.json")
+    lineage = {
+        **ModelDirectory.open(staged).lineage,
+        "scores": {key: scores[key] for key in ("text", "replies")},
+    }
+    write_json(staged / LINEAGE_FILE, lineage)
+    export_huggingface(staged, model)
+    shutil.rmtree(staged)
+    directory = ModelDirectory.open(model)
+    figures: dict[str, Any] = {}
+    (place.work / "export").mkdir(exist_ok=True)
+    with place.progress.task("exporting", len(config.types), "files") as task:
+        for name in config.types:
+            path = place.work / "export" / f"model-{name.lower()}.gguf"
+            export_gguf(directory, path, name)
+            figures[f"{name.lower()} megabytes"] = round(path.stat().st_size / 1e6, 2)
+            task.advance()
+    chosen = place.work / "export" / f"model-{config.ollama_type.lower()}.gguf"
+    write_modelfile(directory, chosen, place.work / "export" / "Modelfile", config.system)
+    return figures
+
+
+def _verify(place: Place) -> dict[str, Any]:
+    from lexmill.runtimes.verify import verify
+
+    ggufs = sorted((place.run / "export").glob("model-*.gguf"))
+    config = place.recipe.table("verify")
+    report = verify(place.run / "model", ggufs, tokens=config.tokens, progress=place.progress)
+    report.write(place.work / "verify.json")
+    verdicts = [check.passed for check in report.checks]
+    return {
+        "equal": verdicts.count(True),
+        "different": verdicts.count(False),
+        "not checked": verdicts.count(None),
+    }
+
+
+def _report(place: Place) -> dict[str, Any]:
+    from lexmill.recipe.report import write_report
+
+    write_json(place.run / "environment.json", environment())
+    return {"bytes": write_report(place.run, place.work / "report.html").stat().st_size}
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that a run's figures belong to."""
+    from lexmill.devices import this_machine, threads
+
+    machine = this_machine()
+    packages = {}
+    for name in ("lexmill", "torch", "numpy", "tokenizers", "transformers", "xllamacpp"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "cpu": machine.cpu,
+        "cpu_class": machine.cpu_class,
+        "cores": machine.cores,
+        "threads": threads(),
+        "system": machine.system,
+        "python": platform.python_version(),
+        "packages": packages,
+    }
+
+
+_BASE = ("errors", "files", "config")
+_TRAINING = (*_BASE, "tokenizer", "model", "train", "data", "formats")
+_RUNTIMES = (*_BASE, "tokenizer", "model", "formats", "inference", "runtimes")
+
+STEP_KINDS: dict[str, StepKind] = {
+    "prepare": StepKind((), (*_BASE, "data"), {"prepare": "prepare"}, _prepare),
+    "tokenizer": StepKind(("prepare",), (*_BASE, "tokenizer"), {"tokenizer": "tokenizer"}, _tokenizer),
+    "pretrain": StepKind(
+        ("prepare", "tokenizer"), (*_TRAINING, "pretrain"), {"pretrain": "pretrain"}, _pretrain
+    ),
+    "finetune": StepKind(
+        ("prepare", "pretrain"), (*_TRAINING, "finetune"), {"finetune": "finetune"}, _finetune
+    ),
+    "evaluate": StepKind(
+        ("prepare", "pretrain", "finetune"),
+        (*_TRAINING, "finetune", "inference", "evaluate"),
+        {"evaluate": "evaluate"},
+        _evaluate,
+    ),
+    "export": StepKind(("finetune", "evaluate"), _RUNTIMES, {"export": "export", "model": "model"}, _export),
+    "verify": StepKind(("export",), _RUNTIMES, {"verify.json": "verify.json"}, _verify),
+    "report": StepKind(
+        ("prepare", "tokenizer", "pretrain", "finetune", "evaluate", "export", "verify"),
+        ("recipe.report", "recipe.assets"),
+        {"report.html": "report.html"},
+        _report,
+    ),
+}
+
+# What a step's result depends on beside lexmill's own code.
+STEP_PACKAGES: dict[str, tuple[str, ...]] = {
+    "prepare": ("pyarrow", "resiliparse", "markdown-it-py"),
+    "tokenizer": ("tokenizers",),
+    "pretrain": ("torch", "tokenizers"),
+    "finetune": ("torch", "tokenizers"),
+    "evaluate": ("torch", "tokenizers"),
+    "verify": ("torch", "tokenizers", "transformers", "xllamacpp"),
+}

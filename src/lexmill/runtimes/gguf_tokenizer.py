@@ -1,0 +1,202 @@
+"""A tokenizer as GGUF metadata: everything that llama.cpp needs to cut text as tokenizer.json does.
+
+llama.cpp has the pre-tokenizers compiled in and knows them by name, so only a tokenizer whose form
+is one of those can be exported. Keys: llama.cpp, src/llama-vocab.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lexmill.errors import ModelError
+from lexmill.formats.gguf import Value, array, boolean, string, u32
+from lexmill.tokenizer.special import END_OF_TURN
+from lexmill.tokenizer.tokenizer import Tokenizer
+from lexmill.tokenizer.training import QWEN2_PATTERN
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+
+# What cuts text into words, in the order of its steps, and llama.cpp's name for it.
+_PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
+    (f"split {QWEN2_PATTERN}", "bytes"): "qwen2",
+    ("words and bytes",): "gpt-2",
+    ("single digits", "words and bytes"): "smollm",
+}
+
+# Tokens with these texts end generation in llama.cpp whatever the file says.
+# fmt: off
+END_TEXTS = frozenset(
+    (
+        "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>",
+        "<|flush|>", "<|calls|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>",
+        "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "</s>",
+        "<|end_of_text|>", "<end_of_utterance>", "<eos>",
+    )
+)
+# fmt: on
+
+
+def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str, Value]:
+    """The `tokenizer.*` keys for a byte-level BPE tokenizer.
+
+    Args:
+        tokenizer: as loaded from a model directory.
+        rows: of the embedding; ids above the vocabulary become unused padding tokens.
+        where: the model, for messages.
+
+    Raises:
+        ModelError: a tokenizer that llama.cpp would apply differently; says what differs.
+    """
+    values = json.loads(tokenizer.json)
+    pre = _check_form(values, where)
+    texts, types = _tokens(tokenizer, values, rows, where)
+    ids = tokenizer.ids
+    end = ids.eos if ids.eos is not None else next(iter(ids.stop), None)
+    if end is None:
+        raise ModelError(
+            f"{where}: no token ends a text, so llama.cpp would never stop.",
+            "Set 'eos_token' in tokenizer_config.json.",
+        )
+    metadata = {
+        "tokenizer.ggml.model": string("gpt2"),
+        "tokenizer.ggml.pre": string(pre),
+        "tokenizer.ggml.tokens": array("string", texts),
+        "tokenizer.ggml.token_type": array("i32", types),
+        "tokenizer.ggml.merges": array(
+            "string", [_merge_text(pair, where) for pair in values["model"]["merges"]]
+        ),
+        # llama.cpp's default for each missing id is 11: write them even where nothing uses them
+        "tokenizer.ggml.bos_token_id": u32(end if ids.bos is None else ids.bos),
+        "tokenizer.ggml.eos_token_id": u32(end),
+        "tokenizer.ggml.add_bos_token": boolean(adds_bos(tokenizer, where)),
+        "tokenizer.ggml.add_eos_token": boolean(False),
+    }
+    if ids.pad is not None:
+        metadata["tokenizer.ggml.padding_token_id"] = u32(ids.pad)
+    unknown = values["model"].get("unk_token")
+    if unknown is not None and unknown in tokenizer.vocabulary:
+        metadata["tokenizer.ggml.unknown_token_id"] = u32(tokenizer.vocabulary[unknown])
+    metadata |= _turn_ends(tokenizer, texts, end, where)
+    if tokenizer.chat_template:
+        metadata["tokenizer.chat_template"] = string(tokenizer.chat_template)
+    return metadata
+
+
+def adds_bos(tokenizer: Tokenizer, where: str) -> bool:
+    """Whether the tokenizer puts its BOS before each text, judged by what it does.
+
+    Raises:
+        ModelError: it adds something else, or says that it adds a BOS and does not.
+    """
+    added = tokenizer.encode("")
+    if added not in ([], [tokenizer.ids.bos]) or tokenizer.encode("a", special=True)[len(added) :] == []:
+        raise ModelError(
+            f"{where}: the tokenizer adds the ids {added} to each text; only one BOS is supported."
+        )
+    if tokenizer.ids.add_bos and not added:
+        raise ModelError(
+            f"{where}: tokenizer_config.json says 'add_bos_token', but tokenizer.json adds none.",
+            "Make the two agree; every runtime would follow the one it reads.",
+        )
+    return bool(added)
+
+
+def _turn_ends(tokenizer: Tokenizer, texts: list[str], end: int, where: str) -> dict[str, Value]:
+    """llama.cpp stops at three ids that can be named, and at known texts; that must cover every stop id."""
+    turn = tokenizer.vocabulary.get(END_OF_TURN, end)
+    if turn not in tokenizer.ids.stop:
+        turn = end
+    rest = [
+        token for token in tokenizer.ids.stop if token not in (end, turn) and texts[token] not in END_TEXTS
+    ]
+    if len(rest) > 1:
+        raise ModelError(
+            f"{where}: the ids {rest} end a text, but GGUF has room for one "
+            "besides the end of text and of turn.",
+            "Shorten 'eos_token_id' in generation_config.json.",
+        )
+    ends = {"tokenizer.ggml.eot_token_id": u32(turn)}
+    return ends | ({"tokenizer.ggml.eom_token_id": u32(rest[0])} if rest else {})
+
+
+def _tokens(
+    tokenizer: Tokenizer, values: Mapping[str, Any], rows: int, where: str
+) -> tuple[list[str], list[int]]:
+    texts = [f"[PAD{token}]" for token in range(rows)]
+    types = [_UNUSED] * rows
+    for text, token in tokenizer.vocabulary.items():
+        texts[token], types[token] = text, _NORMAL
+    for added in values.get("added_tokens") or []:
+        if any(added.get(key) for key in ("lstrip", "rstrip", "single_word")):
+            raise ModelError(
+                f"{where}: the added token {added['content']!r} swallows its surroundings (lstrip, rstrip or "
+                "single_word); llama.cpp cannot do that."
+            )
+        types[added["id"]] = _CONTROL if added.get("special") else _USER_DEFINED
+    if len(set(texts)) != rows:  # llama.cpp aborts on such a file
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise ModelError(f"{where}: two tokens have the text {twice!r}; llama.cpp needs them all to differ.")
+    return texts, types
+
+
+def _merge_text(pair: Any, where: str) -> str:
+    if isinstance(pair, str):  # the older form of tokenizer.json
+        return pair
+    if any(" " in part for part in pair):
+        raise ModelError(f"{where}: the merge {pair} holds a space; GGUF cannot express it.")
+    return " ".join(pair)
+
+
+def _check_form(values: Mapping[str, Any], where: str) -> str:
+    """llama.cpp's name of the pre-tokenizer, after checking that nothing else would differ."""
+    model, normalizer = values.get("model") or {}, values.get("normalizer")
+    problems = {
+        f"a model of type {model.get('type')}": model.get("type") != "BPE",
+        "byte_fallback": bool(model.get("byte_fallback")),
+        "ignore_merges": bool(model.get("ignore_merges")),
+        "dropout": bool(model.get("dropout")),
+        "a prefix or suffix for parts of words": bool(
+            model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        ),
+        # Qwen's NFC is let through, as by llama.cpp's own converter: it leaves composed text alone
+        "a normalizer": normalizer is not None and normalizer.get("type") != "NFC",
+        "a decoder that is not byte-level": (values.get("decoder") or {}).get("type") != "ByteLevel",
+    }
+    for problem, present in problems.items():
+        if present:
+            raise ModelError(
+                f"{where}: the tokenizer has {problem}, which llama.cpp would not "
+                "apply as tokenizer.json does.",
+                "Only byte-level BPE without a normalizer can be exported to GGUF.",
+            )
+    steps = _pre_tokenizer_steps(values.get("pre_tokenizer"))
+    if steps not in _PRE_TOKENIZERS:
+        raise ModelError(
+            f"{where}: llama.cpp has no name for this pre-tokenizer: {' then '.join(steps)[:200]}.",
+            f"Forms that can be exported: {', '.join(_PRE_TOKENIZERS.values())}.",
+        )
+    return _PRE_TOKENIZERS[steps]
+
+
+def _pre_tokenizer_steps(value: Any) -> tuple[str, ...]:
+    """A canonical spelling of what the pre-tokenizer does to ids; offsets do not matter here."""
+    if not isinstance(value, Mapping):
+        return ("nothing",)
+    kind = value.get("type")
+    if kind == "Sequence":
+        return tuple(step for part in value.get("pretokenizers", []) for step in _pre_tokenizer_steps(part))
+    if kind == "ByteLevel" and not value.get("add_prefix_space"):
+        return ("words and bytes",) if value.get("use_regex", True) else ("bytes",)
+    if kind == "Digits" and value.get("individual_digits"):
+        return ("single digits",)
+    pattern = value.get("pattern") or {}
+    if (
+        kind == "Split"
+        and value.get("behavior") == "Isolated"
+        and not value.get("invert")
+        and "Regex" in pattern
+    ):
+        return (f"split {pattern['Regex']}",)
+    return (json.dumps(value, ensure_ascii=False, sort_keys=True),)

@@ -1,0 +1,178 @@
+"""Models for llama.cpp: a model directory as one GGUF file. `LlamaCpp` runs such a file."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lexmill.config import suggest
+from lexmill.errors import ConfigError, FormatError, LexmillError
+from lexmill.files import explain_os_errors, partial_name
+from lexmill.formats.blocks import BLOCK_TYPES, BlockType, encode
+from lexmill.formats.gguf import GGUFFile, TensorToWrite, Value, f32, string, u32, write_gguf
+from lexmill.model.config import ModelConfig
+from lexmill.model.directory import ModelDirectory
+from lexmill.model.names import WeightName, weight_names, weight_shapes
+from lexmill.progress import SILENT, Progress, Task
+from lexmill.runtimes.gguf_tokenizer import tokenizer_metadata
+from lexmill.runtimes.llama_cpp_server import LlamaCpp, RuntimeFailure
+
+__all__ = ["FILE_TYPES", "LlamaCpp", "RuntimeFailure", "export_gguf", "permute_rope"]
+
+# What a user may ask for, and general.file_type, which labels the file. Mixtures such as q4_k_m
+# will choose a type a tensor; `_type_of` is the place for that.
+FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
+
+
+def export_gguf(
+    model: ModelDirectory | Path | str, out: Path | str, type: str = "f16", progress: Progress = SILENT
+) -> Path:
+    """Write a model directory as one GGUF file, atomically, and read it back before it gets its name.
+
+    Args:
+        model: a Llama, Qwen2 or Qwen3 model, or its path.
+        out: the file, e.g. `model-f16.gguf`.
+        type: of the matrices: "f32", "f16", "bf16" or "q8_0". Norms and biases are always f32.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConfigError: an unknown type.
+        ModelError: a tokenizer or shape that llama.cpp cannot hold.
+        FormatError: a weight that the type cannot hold.
+
+    Keys and names follow llama.cpp: src/llama-arch.cpp, gguf-py/gguf/constants.py.
+    """
+    name = type.lower()
+    if name not in FILE_TYPES:
+        raise ConfigError(f"The GGUF type '{type}' is not supported.", suggest(name, FILE_TYPES))
+    model = model if isinstance(model, ModelDirectory) else ModelDirectory.open(model)
+    out = Path(out)
+    metadata = _metadata(model, name)
+    partial = partial_name(out)
+    with explain_os_errors(out, "write"):
+        try:
+            with progress.task(f"writing {out.name}", model.config.parameters, "weights") as task:
+                writer = _Tensors(model, BLOCK_TYPES[name.upper()], task)
+                write_gguf(partial, metadata, writer.rows())
+            _check_written(partial, metadata, writer)
+            os.replace(partial, out)
+        finally:
+            partial.unlink(missing_ok=True)
+    return out
+
+
+def _metadata(model: ModelDirectory, type: str) -> dict[str, Value]:
+    config, family = model.config, model.config.family
+    general = {
+        "general.architecture": string(family),
+        "general.type": string("model"),
+        "general.name": string(str(model.lineage.get("name") or model.path.resolve().name)),
+        "general.file_type": u32(FILE_TYPES[type]),
+    }
+    if BLOCK_TYPES[type.upper()].quantised:
+        general["general.quantization_version"] = u32(2)
+    shape = {
+        "context_length": u32(config.context),
+        "embedding_length": u32(config.width),
+        "block_count": u32(config.layers),
+        "feed_forward_length": u32(config.mlp_width),
+        "attention.head_count": u32(config.heads),
+        "attention.head_count_kv": u32(config.kv_heads),
+        "attention.key_length": u32(config.head_width),
+        "attention.value_length": u32(config.head_width),
+        "attention.layer_norm_rms_epsilon": f32(config.norm_eps),
+        "rope.dimension_count": u32(config.head_width),
+        "rope.freq_base": f32(config.rope_theta),
+        "vocab_size": u32(config.vocab_size),
+    }
+    return (
+        general
+        | {f"{family}.{key}": value for key, value in shape.items()}
+        | tokenizer_metadata(model.tokenizer, config.vocab_size, str(model.path))
+    )
+
+
+class _Tensors:
+    """Makes each tensor's bytes when asked, and remembers their checksums."""
+
+    def __init__(self, model: ModelDirectory, type: BlockType, task: Task) -> None:
+        self.model, self.type, self.task = model, type, task
+        self.checksums: dict[str, int] = {}
+
+    def rows(self) -> Iterator[TensorToWrite]:
+        config = self.model.config
+        shapes = weight_shapes(config)
+        for name in weight_names(config):
+            shape = shapes[name.own]
+            kind = _type_of(shape, self.type)
+            yield TensorToWrite(
+                name.gguf, shape, kind, lambda name=name, kind=kind: self._produce(name, kind)
+            )
+
+    def _produce(self, name: WeightName, kind: BlockType) -> np.ndarray:
+        weight = self.model.weight(name.own)
+        if name.rope and self.model.config.family == "llama":
+            weight = permute_rope(weight, self._heads(name, self.model.config))
+        try:
+            data = encode(weight, kind)
+        except LexmillError as error:
+            where = f"{self.model.path}: weight '{name.huggingface}'"
+            raise FormatError(f"{where}: {error.message}", error.hint) from error
+        self.checksums[name.gguf] = zlib.crc32(data)
+        self.task.advance(weight.size)
+        return data
+
+    @staticmethod
+    def _heads(name: WeightName, config: ModelConfig) -> int:
+        return config.heads if name.rope == "q" else config.kv_heads
+
+
+def _type_of(shape: tuple[int, ...], wanted: BlockType) -> BlockType:
+    """Norms and biases stay f32; rows that do not divide into blocks become f16, as llama.cpp does."""
+    if len(shape) == 1:
+        return BLOCK_TYPES["F32"]
+    return wanted if wanted.fits(shape) else BLOCK_TYPES["F16"]
+
+
+def permute_rope(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of a query or key projection for llama.cpp's `llama` architecture.
+
+    Hugging Face turns coordinate i together with i + D/2 of each head of D coordinates; llama.cpp
+    turns 2i with 2i + 1. So row i of a head goes to 2i, and row i + D/2 to 2i + 1.
+
+    Args:
+        weight: (heads * D, inputs), or (heads * D,) for a bias.
+    """
+    rest = weight.shape[1:]
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *rest)
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _check_written(path: Path, metadata: dict[str, Value], writer: _Tensors) -> None:
+    """What is on the disk is what was meant, or it does not get its name."""
+    with GGUFFile.open(path) as file:
+        wrong = [key for key, value in metadata.items() if not _same(file.metadata.get(key), value)]
+        wrong += [
+            row.name
+            for row in writer.rows()
+            if (info := file.tensors.get(row.name)) is None
+            or (info.shape, info.type) != (row.shape, row.type)
+        ]
+        wrong += [name for name, crc in writer.checksums.items() if zlib.crc32(file.raw(name)) != crc]
+        if wrong or len(file.tensors) != len(writer.checksums):
+            raise FormatError(
+                f"{path}: read back, '{(wrong or ['the tensor count'])[0]}' differs from what was written.",
+                "Check the disk, then run the same command again.",
+            )
+
+
+def _same(found: object, value: Value) -> bool:
+    if isinstance(found, np.ndarray):
+        return found.tolist() == list(value.value)
+    return found == (np.float32(value.value) if value.type == "f32" else value.value)

@@ -1,0 +1,208 @@
+"""llama.cpp's server in a child process, from the xllamacpp wheel, and the few questions we ask it.
+
+In a child, because a file that llama.cpp dislikes may abort its whole process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lexmill.errors import LexmillError, MissingPackageError
+from lexmill.files import require_file
+
+_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from {module} import child; child()"
+
+
+class RuntimeFailure(LexmillError):
+    """A runtime broke down: it could not load the model, crashed, or did not answer in time."""
+
+
+class LlamaCpp:
+    """A GGUF file loaded in llama.cpp, on the CPU, set for exact comparison. A context manager.
+
+    Flash attention is off and the key-value cache is float32: with llama.cpp's faster defaults the
+    log-probabilities of an f32 file already move by about 1e-2.
+
+    Args:
+        path: the GGUF file.
+        threads: of llama.cpp.
+        context: tokens; 0 for what the model was made for.
+        time_limit: seconds for loading, and for each answer.
+
+    Raises:
+        MissingPackageError: xllamacpp is not installed.
+        RuntimeFailure: on entering, the model does not load; later, the server dies or hangs.
+    """
+
+    def __init__(
+        self, path: Path | str, *, threads: int = 2, context: int = 0, time_limit: float = 60
+    ) -> None:
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise MissingPackageError("xllamacpp", "to run GGUF files in llama.cpp", "runtimes")
+        self.path = require_file(path, "GGUF file").resolve()
+        self.threads, self.context, self.time_limit = threads, context, time_limit
+        self._process: subprocess.Popen[bytes] | None = None
+        self._failing = False
+
+    def __enter__(self) -> LlamaCpp:
+        settings = {"path": str(self.path), "threads": self.threads, "context": self.context}
+        code = _CHILD.format(module=__name__)
+        self._noise = tempfile.TemporaryFile()  # closed in _stop
+        # The address comes by stdout; the child ends when its stdin closes, so that it cannot outlive
+        # us even when we are killed.
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", code, json.dumps(sys.path), json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._noise,
+        )
+        lines: queue.Queue[bytes] = queue.Queue()
+        stdout = self._process.stdout
+        assert stdout is not None
+        threading.Thread(target=lambda: lines.put(stdout.readline()), daemon=True).start()
+        try:
+            self._address = lines.get(timeout=self.time_limit).decode().strip()
+        except queue.Empty:
+            raise self._failure(f"llama.cpp did not load it within {self.time_limit:g} seconds") from None
+        except BaseException:
+            self._stop()
+            raise
+        if not self._address:
+            raise self._failure("llama.cpp does not load this file")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> tuple[int | None, str]:
+        """End the child; gives the code with which it had ended by itself, and what it printed."""
+        process, self._process = self._process, None
+        if process is None:
+            return None, ""
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(0.5 if self._failing else 0)  # a crash shows a moment after the pipe breaks
+        process.kill()  # it holds nothing that needs an orderly end
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+        with self._noise:
+            self._noise.seek(0)
+            return code, self._noise.read().decode("utf-8", "replace")
+
+    def _failure(self, what: str) -> RuntimeFailure:
+        self._failing = True
+        code, noise = self._stop()
+        ended = f" (its process ended with code {code})" if code is not None else ""
+        telling = [line for line in noise.splitlines() if "error" in line.lower() or "assert" in line.lower()]
+        said = f" It said: {telling[0].strip()[:300]}" if telling else ""
+        return RuntimeFailure(f"{self.path}: {what}{ended}.{said}", "Export the model again.")
+
+    def _ask(self, endpoint: str, question: dict[str, Any] | None = None) -> Any:
+        if self._process is None:
+            raise RuntimeFailure(f"{self.path}: llama.cpp is not running.", "Use LlamaCpp in a 'with' block.")
+        body = None if question is None else json.dumps(question).encode("utf-8")
+        request = urllib.request.Request(
+            f"{self._address}/{endpoint}", body, {"Content-Type": "application/json"}
+        )
+        # no proxy: the address is on this machine
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=self.time_limit) as reply:
+                return json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            detail = error.read()[:300].decode("utf-8", "replace")
+            raise RuntimeFailure(f"{self.path}: llama.cpp refuses /{endpoint}: {detail}") from error
+        except (OSError, ValueError) as error:
+            raise self._failure(f"llama.cpp gave no answer to /{endpoint} ({error})") from error
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of `text`, special tokens recognised; a BOS only where the file says so."""
+        return self._ask("tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens print as themselves."""
+        return self._ask("detokenize", {"tokens": list(ids)})["content"]
+
+    def apply_template(self, messages: Sequence[dict[str, str]]) -> str:
+        """The prompt that llama.cpp's own template engine makes of a conversation."""
+        return self._ask("apply-template", {"messages": list(messages)})["prompt"]
+
+    def greedy(self, ids: Sequence[int], max_tokens: int) -> list[int]:
+        """The greedy continuation of `ids`, without the token that ended it."""
+        answer = self._complete(ids, max_tokens)
+        # the token that ended it is in the list
+        return answer["tokens"][:-1] if answer["stop_type"] == "eos" else answer["tokens"]
+
+    def ends_at(self, token: int, before: Sequence[int]) -> bool:
+        """Whether generation ends when it comes to `token`: tried, by forcing it after the ids `before`."""
+        return self._complete(before, 2, logit_bias=[[token, 1e6]])["stop_type"] == "eos"
+
+    def logprobs(self, prompts: Sequence[Sequence[int]], vocabulary: int) -> np.ndarray:
+        """The log-probabilities of every next token after each prompt.
+
+        Args:
+            prompts: lists of ids, none of them empty.
+            vocabulary: how many tokens the model has.
+
+        Returns:
+            (prompts, vocabulary) float64, straight from the logits: no sampler touches them.
+        """
+        rows = np.full((len(prompts), vocabulary), -np.inf)
+        for row, prompt in zip(rows, prompts, strict=True):
+            answer = self._complete(prompt, 1, n_probs=vocabulary)
+            for item in answer["completion_probabilities"][0]["top_logprobs"]:
+                row[item["id"]] = item["logprob"]
+        return rows
+
+    def _complete(self, ids: Sequence[int], max_tokens: int, **more: Any) -> Any:
+        return self._ask(
+            "completion",
+            {
+                "prompt": list(ids),
+                "n_predict": max_tokens,
+                "temperature": 0,
+                "repeat_penalty": 1,
+                "cache_prompt": False,
+                "return_tokens": True,
+                **more,
+            },
+        )
+
+
+def child() -> None:
+    """Serve a model until stdin closes: the body of the child process."""
+    import xllamacpp
+
+    settings = json.loads(sys.argv[1])
+    answer = os.dup(1)
+    os.dup2(2, 1)  # what llama.cpp prints goes with its errors
+    params = xllamacpp.CommonParams()
+    params.model.path = settings["path"]
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = settings["context"], 1, 0
+    params.n_batch = params.n_ubatch = 512
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.warmup = params.fit_params = params.ui = False
+    params.n_threads_http = 1
+    server = xllamacpp.Server(params)
+    os.write(answer, (server.listening_address + "\n").encode())
+    sys.stdin.buffer.read()
+    os._exit(0)
