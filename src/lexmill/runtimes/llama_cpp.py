@@ -14,14 +14,13 @@ from lexmill.errors import ConfigError, FormatError, LexmillError
 from lexmill.files import explain_os_errors, partial_name
 from lexmill.formats.blocks import BLOCK_TYPES, BlockType, encode
 from lexmill.formats.gguf import GGUFFile, TensorToWrite, Value, f32, string, u32, write_gguf
-from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.names import WeightName, weight_names, weight_shapes
 from lexmill.progress import SILENT, Progress, Task
 from lexmill.runtimes.gguf_tokenizer import tokenizer_metadata
 from lexmill.runtimes.llama_cpp_server import LlamaCpp, RuntimeFailure
 
-__all__ = ["FILE_TYPES", "LlamaCpp", "RuntimeFailure", "export_gguf", "permute_rope"]
+__all__ = ["FILE_TYPES", "LlamaCpp", "RuntimeFailure", "export_gguf", "permute_rope", "weight_error"]
 
 # What a user may ask for, and general.file_type, which labels the file. Mixtures such as q4_k_m
 # will choose a type a tensor; `_type_of` is the place for that.
@@ -116,9 +115,7 @@ class _Tensors:
             )
 
     def _produce(self, name: WeightName, kind: BlockType) -> np.ndarray:
-        weight = self.model.weight(name.own)
-        if name.rope and self.model.config.family == "llama":
-            weight = permute_rope(weight, self._heads(name, self.model.config))
+        weight = _weight_in_gguf(self.model, name)
         try:
             data = encode(weight, kind)
         except LexmillError as error:
@@ -128,9 +125,12 @@ class _Tensors:
         self.task.advance(weight.size)
         return data
 
-    @staticmethod
-    def _heads(name: WeightName, config: ModelConfig) -> int:
-        return config.heads if name.rope == "q" else config.kv_heads
+
+def _weight_in_gguf(model: ModelDirectory, name: WeightName) -> np.ndarray:
+    weight, config = model.weight(name.own), model.config
+    if name.rope and config.family == "llama":
+        return permute_rope(weight, config.heads if name.rope == "q" else config.kv_heads)
+    return weight
 
 
 def _type_of(shape: tuple[int, ...], wanted: BlockType) -> BlockType:
@@ -176,3 +176,29 @@ def _same(found: object, value: Value) -> bool:
     if isinstance(found, np.ndarray):
         return found.tolist() == list(value.value)
     return found == (np.float32(value.value) if value.type == "f32" else value.value)
+
+
+def weight_error(file: GGUFFile, model: ModelDirectory) -> tuple[float, str]:
+    """The largest error of a weight in a GGUF file, and the tensor where it is.
+
+    Returns:
+        The error as a share of the largest weight in its block of 32 (in its row, where rows do not
+        divide), infinite where a tensor is missing or has another shape; and the tensor's name.
+
+    Raises:
+        FormatError: a tensor of a type that cannot be read yet.
+    """
+    worst, where = 0.0, "none"
+    for name in weight_names(model.config):
+        weight = _weight_in_gguf(model, name)
+        info = file.tensors.get(name.gguf)
+        if info is None or info.shape != weight.shape:
+            return float("inf"), f"{name.gguf} is missing or has another shape"
+        block = 32 if weight.shape[-1] % 32 == 0 else weight.shape[-1]
+        error = np.abs(file.read(name.gguf) - weight).reshape(-1, block).max(-1)
+        error = np.where(error <= 2.0**-24, 0, error)  # half-precision numbers end there
+        largest = np.maximum(np.abs(weight).reshape(-1, block).max(-1), np.finfo(np.float32).tiny)
+        share = float((error / largest).max())
+        if not share <= worst:  # true for NaN
+            worst, where = share, name.gguf
+    return worst, where

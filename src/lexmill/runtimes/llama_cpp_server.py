@@ -6,6 +6,7 @@ In a child, because a file that llama.cpp dislikes may abort its whole process.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -166,10 +167,16 @@ class LlamaCpp:
         """
         rows = np.full((len(prompts), vocabulary), -np.inf)
         for row, prompt in zip(rows, prompts, strict=True):
-            answer = self._complete(prompt, 1, n_probs=vocabulary)
+            # llama.cpp gives no probabilities with a token that is half a character: force a whole one.
+            # The bias reaches the sampler only.
+            answer = self._complete(prompt, 1, n_probs=vocabulary, logit_bias=[[self._plain_token, 1e6]])
             for item in answer["completion_probabilities"][0]["top_logprobs"]:
                 row[item["id"]] = item["logprob"]
         return rows
+
+    @functools.cached_property
+    def _plain_token(self) -> int:
+        return self.tokenize("a")[-1]
 
     def _complete(self, ids: Sequence[int], max_tokens: int, **more: Any) -> Any:
         return self._ask(

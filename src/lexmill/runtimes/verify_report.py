@@ -1,0 +1,80 @@
+"""What `verify` found: one record a check, and what they add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lexmill.files import write_json
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of a runtime with lexmill.
+
+    Attributes:
+        runtime: "transformers", or "llama.cpp f16" and so on.
+        check: what was compared.
+        passed: None when it could not be checked; `detail` says why.
+        figure: what was measured; None when nothing was.
+        tolerance: the largest figure that passes.
+        detail: for a reader: how many cases, and the first that differs.
+    """
+
+    runtime: str
+    check: str
+    passed: bool | None
+    figure: float | None = None
+    tolerance: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All checks of one model."""
+
+    model: str
+    environment: Mapping[str, str]
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """At least one check was made, and none failed."""
+        made = [check.passed for check in self.checks if check.passed is not None]
+        return bool(made) and all(made)
+
+    @property
+    def exit_code(self) -> int:
+        """0: all answers are the same; 1: one differs; 2: nothing could be checked."""
+        if any(check.passed is False for check in self.checks):
+            return 1
+        return 0 if self.passed else 2
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {
+            "model": self.model,
+            "passed": self.passed,
+            "environment": dict(self.environment),
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+    def write(self, path: Path | str) -> None:
+        """Write `to_json` to a file, atomically."""
+        write_json(path, self.to_json())
+
+    def table_rows(self) -> list[tuple[str, str, str, str, str]]:
+        """Rows for a table: runtime, check, result, "figure ≤ tolerance", detail."""
+        words = {True: "same", False: "DIFFERENT", None: "not checked"}
+        return [
+            (check.runtime, check.check, words[check.passed], _comparison(check), check.detail)
+            for check in self.checks
+        ]
+
+
+def _comparison(check: Check) -> str:
+    if check.figure is None or check.tolerance is None:
+        return ""
+    return f"{check.figure:.3g} {'≤' if check.figure <= check.tolerance else '>'} {check.tolerance:.3g}"

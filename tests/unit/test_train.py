@@ -1,0 +1,191 @@
+"""Training: packing that does not leak, accumulation that changes nothing, resuming that is exact."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lexmill.errors import TrainingError
+from lexmill.model.config import ModelConfig
+from lexmill.model.decoder import Decoder
+from lexmill.train.batches import IGNORED, Batch, Example, Loader, next_token_example, pack
+from lexmill.train.causal import causal_loss
+from lexmill.train.loop import Hooks, TrainConfig, _Run, mean_loss, train
+from lexmill.train.optimizers import orthogonalise
+from lexmill.train.schedule import learning_rate_factor
+
+SHAPE = ModelConfig(
+    vocab_size=97, width=32, layers=2, heads=2, kv_heads=1, head_width=16, mlp_width=64, context=32
+)
+
+
+def documents(lengths, seed=0):
+    random = np.random.default_rng(seed)
+    return [next_token_example(random.integers(0, 97, length + 1)) for length in lengths]
+
+
+def model(seed=0):
+    decoder = Decoder(SHAPE)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in decoder.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(1 + 0.1 * noise if "norm" in name else 0.15 * noise)
+    return decoder
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 32), min_size=1, max_size=30))
+def test_packing_keeps_every_example_whole(lengths):
+    examples = documents(lengths)
+    batch = pack(examples, 32, pad_id=0)
+    found = []
+    for row in range(len(batch.tokens)):
+        for number in range(batch.document[row].max() + 1):
+            at = batch.document[row] == number
+            if at.any() and (batch.targets[row][at] != IGNORED).any():
+                assert (batch.positions[row][at] == np.arange(at.sum())).all()
+                found.append((tuple(batch.tokens[row][at]), tuple(batch.targets[row][at])))
+    assert sorted(found) == sorted((tuple(e.tokens), tuple(e.targets)) for e in examples)
+    assert batch.target_count == sum(lengths)
+
+
+def test_examples_that_do_not_fit_are_refused():
+    for lengths in ([33], [0]):
+        with pytest.raises(TrainingError, match="Example 0"):
+            pack([Example(np.zeros(lengths[0], int), np.zeros(lengths[0], int))], 32, 0)
+
+
+def test_packed_documents_do_not_see_each_other():
+    """The loss of a packed batch is the target-weighted mean over documents computed one by one."""
+    examples = documents([5, 9, 17, 30, 3, 22, 11])
+    decoder = model()
+    packed, targets = mean_loss(decoder, causal_loss, [pack(examples, 32, 0)])
+    alone = [mean_loss(decoder, causal_loss, [pack([example], 32, 0)]) for example in examples]
+    expected = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
+    assert targets == 97
+    assert packed == pytest.approx(expected, abs=2e-6)
+
+
+def test_a_leak_would_be_noticed():
+    batch = pack(documents([5, 9, 17]), 32, 0)
+    leaky = Batch(batch.tokens, batch.targets, batch.positions, np.zeros_like(batch.document))
+    decoder = model()
+    honest, leaking = (mean_loss(decoder, causal_loss, [one])[0] for one in (batch, leaky))
+    assert abs(honest - leaking) > 1e-3
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_accumulated_gradients_equal_one_big_batch(tmp_path, micro):
+    """Rows have unequal numbers of targets; parts must weigh by targets, not equally."""
+    examples = documents([5, 30, 17, 28, 31, 9])
+    examples[1].targets[2:] = IGNORED
+    gradients = []
+    for rows in (None, micro):
+        decoder = model()
+        loader = Loader(lambda epoch: examples, rows=8, length=32, pad_id=0, seed=0)
+        run = _Run(
+            decoder, causal_loss, loader, TrainConfig(steps=1, rows=8, micro_rows=rows, precision="float32"),
+            tmp_path, Hooks(),
+        )  # fmt: skip
+        run._gradients(loader.next())
+        gradients.append([parameter.grad.clone() for parameter in decoder.parameters()])
+    for whole, parts in zip(*gradients):
+        assert (whole - parts).abs().max() < 1e-6 * max(1.0, float(whole.abs().max()))
+
+
+def config(**changes):
+    values = dict(steps=24, rows=2, warmup=3, precision="float32", checkpoint_seconds=0.0, validate_every=5, seed=3)
+    return TrainConfig(**{**values, **changes})
+
+
+def run_training(folder, stop_after=None, **changes):
+    torch.set_num_threads(2)
+    decoder = Decoder(SHAPE)
+    decoder.initialise(0)
+    loader = Loader(lambda epoch: documents([20, 31, 7, 15, 30, 26, 12], epoch), rows=2, length=32, pad_id=0, seed=3)
+    calls = 0
+
+    def objective(model, batch):
+        nonlocal calls
+        calls += 1
+        if stop_after is not None and calls > stop_after:
+            raise RuntimeError("killed")
+        return causal_loss(model, batch)
+
+    result = train(decoder, objective, loader, config(**changes), folder)
+    return decoder.weights(), result
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("stop", [1, 9, 23])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, optimizer, stop):
+    whole, _ = run_training(tmp_path / "whole", optimizer=optimizer)
+    with pytest.raises(RuntimeError):
+        run_training(tmp_path / "killed", stop_after=stop, optimizer=optimizer)
+    again, result = run_training(tmp_path / "killed", optimizer=optimizer)
+    assert result.steps == 24
+    assert all(np.array_equal(whole[name], again[name]) for name in whole)
+    first, second = ((tmp_path / name / "metrics.jsonl").read_text().count("loss") for name in ("whole", "killed"))
+    assert first == second
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
+    whole, _ = run_training(tmp_path / "whole")
+    with pytest.raises(RuntimeError):
+        run_training(tmp_path / "killed", stop_after=12)
+    newest = sorted((tmp_path / "killed" / "checkpoints").iterdir())[-1] / "model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    again, _ = run_training(tmp_path / "killed")
+    assert all(np.array_equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_budget_in_minutes_ends_in_time_and_is_remembered(tmp_path):
+    _, result = run_training(tmp_path, steps=None, minutes=0.02)
+    assert 12 <= result.steps
+    assert result.seconds < 10
+
+
+def test_training_lowers_the_loss(tmp_path):
+    first = documents([20, 31, 7], 1)
+    decoder = Decoder(SHAPE)
+    decoder.initialise(0)
+    before, _ = mean_loss(decoder, causal_loss, [pack(first, 32, 0)])
+    loader = Loader(lambda epoch: first, rows=4, length=32, pad_id=0, seed=0)
+    train(decoder, causal_loss, loader, config(steps=60), tmp_path)
+    after, _ = mean_loss(decoder, causal_loss, [pack(first, 32, 0)])
+    assert before == pytest.approx(np.log(97), abs=0.2)
+    assert after < 1.0
+
+
+def test_no_targets_and_endless_nans_are_errors(tmp_path):
+    empty = documents([5])
+    empty[0].targets[:] = IGNORED
+    with pytest.raises(TrainingError, match="no targets"):
+        train(model(), causal_loss, Loader(lambda e: empty, rows=1, length=32, pad_id=0, seed=0), config(), tmp_path)
+    loader = Loader(lambda epoch: documents([5]), rows=1, length=32, pad_id=0, seed=0)
+
+    def broken(decoder, batch):
+        loss, count = causal_loss(decoder, batch)
+        return loss * float("nan"), count
+
+    with pytest.raises(TrainingError, match="10 steps in a row"):
+        train(model(), broken, loader, config(), tmp_path / "nan")
+
+
+def test_orthogonalised_updates_have_singular_values_near_one():
+    matrices = torch.randn(3, 24, 60, generator=torch.Generator().manual_seed(0))
+    for batch in (matrices, matrices.mT):
+        values = torch.linalg.svdvals(orthogonalise(batch))
+        assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_schedule_goes_up_along_and_down():
+    factors = [learning_rate_factor(step, 100, 10, 0.4) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[59] == 1.0
+    assert 0 < factors[99] < 0.05
+    assert all(later <= earlier for earlier, later in zip(factors[10:], factors[11:]))
