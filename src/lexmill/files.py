@@ -42,6 +42,7 @@ def explain_os_errors(path: Path, doing: str) -> Iterator[None]:
             errno.ENOENT: "Check the spelling of the path.",
             errno.ENOTDIR: "A file stands where a folder is needed; move it or choose another folder.",
             errno.EISDIR: "A folder stands where a file is needed; move it or choose another name.",
+            errno.EFBIG: "The file would be larger than the system allows; check ulimit -f or choose another folder with --out.",
             errno.EEXIST: "Move what stands there or choose another name.",
         }
         if error.errno not in hints:

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 import pytest
+from conftest import ROOT
 
 from lexmill.config import apply_overrides, from_mapping, read_toml, to_mapping
 from lexmill.errors import ConfigError, FileError
 from lexmill.recipe.config import read_recipe, to_toml
 from lexmill.train.loop import TrainConfig
-
-from conftest import ROOT
 
 QUICKSTART = ROOT / "recipes" / "quickstart.toml"
 
@@ -53,7 +52,10 @@ def test_mistakes_are_named_with_their_place(values, said):
 
 
 def test_overrides():
-    assert apply_overrides({"a": {"b": 1}}, ["a.b=2", "a.c=x", "d=[1, 2]"]) == {"a": {"b": 2, "c": "x"}, "d": [1, 2]}
+    assert apply_overrides({"a": {"b": 1}}, ["a.b=2", "a.c=x", "d=[1, 2]"]) == {
+        "a": {"b": 2, "c": "x"},
+        "d": [1, 2],
+    }
     for wrong in ("a.b", "=3", "a..b=1", "a.b.c=1"):
         with pytest.raises(ConfigError, match="--set"):
             apply_overrides({"a": {"b": 1}}, [wrong])

@@ -18,7 +18,10 @@ def model(model_path):
 
 def test_filters_keep_what_they_should():
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
-    keep = lambda **options: list(np.flatnonzero(distribution(logits, SamplingConfig(temperature=1, **options))))  # noqa: E731
+
+    def keep(**options):
+        return list(np.flatnonzero(distribution(logits, SamplingConfig(temperature=1, **options))))
+
     assert keep() == [0, 1, 2, 3]
     assert keep(top_k=2) == [0, 1]
     assert keep(top_p=0.5) == [0]
@@ -56,13 +59,19 @@ def test_repetition_penalty_works_on_both_signs():
     assert list(penalise_repetition(np.array([2.0, -2.0, 1.0]), [0, 1], 2.0)) == [1.0, -4.0, 1.0]
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"repetition_penalty": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"repetition_penalty": 0}]
+)
 def test_impossible_options_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         SamplingConfig(**wrong)
 
 
-@given(text=st.text("abc", max_size=30), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), cut=st.data())
+@given(
+    text=st.text("abc", max_size=30),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    cut=st.data(),
+)
 @settings(max_examples=200, deadline=None)
 def test_stop_strings_are_found_however_the_text_arrives(text, stops, cut):
     held, shown, stopped, place = _StopStrings(stops), "", False, 0

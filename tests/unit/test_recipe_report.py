@@ -1,4 +1,4 @@
-"""The report of a run: whole, self-contained, honest about what is missing, and safe from what models write."""
+"""The report of a run: self-contained, honest about what is missing, safe from what models write."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def make_run(run: Path) -> Path:
             },
         )
     (run / "recipe.toml").write_text(
-        'name = "quickstart"\ndescription = "Jane Austen\'s six novels, then small talk."\n\n[pretrain]\nsteps = 340\n',
+        'name = "quickstart"\ndescription = "Jane Austen\'s six novels, then small talk."\n\n'
+        "[pretrain]\nsteps = 340\n",
         "utf-8",
     )
     put(

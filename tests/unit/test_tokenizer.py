@@ -11,7 +11,9 @@ from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.tokenizer.training import TokenizerConfig, train_tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
-LOOKALIKES = st.lists(st.one_of(TEXT, st.sampled_from([*SPECIAL_TOKENS, "<|im_", "end|>", "\r\n", "  "]))).map("".join)
+LOOKALIKES = st.lists(
+    st.one_of(TEXT, st.sampled_from([*SPECIAL_TOKENS, "<|im_", "end|>", "\r\n", "  "]))
+).map("".join)
 
 
 @settings(max_examples=150, deadline=None)
@@ -41,12 +43,18 @@ def test_no_streamed_piece_holds_half_a_character(tokenizer, text):
 def test_save_and_load_lose_nothing(tokenizer, tmp_path):
     tokenizer.save(tmp_path, context=128)
     again = Tokenizer.load(tmp_path)
-    assert (again.json, again.ids, again.chat_template) == (tokenizer.json, tokenizer.ids, tokenizer.chat_template)
+    assert (again.json, again.ids, again.chat_template) == (
+        tokenizer.json,
+        tokenizer.ids,
+        tokenizer.chat_template,
+    )
     assert again.ids.pad not in again.ids.stop
 
 
 def test_chat_template_renders_plain_chatml(tokenizer):
-    text = tokenizer.render_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi {{x}}"}])
+    text = tokenizer.render_chat(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi {{x}}"}]
+    )
     assert text == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi {{x}}<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -93,7 +101,9 @@ def test_bad_input_is_said_clearly(tokenizer, tmp_path):
         Tokenizer.load(tmp_path)
     tokenizer.save(tmp_path)
     config = (tmp_path / "tokenizer_config.json").read_text("utf-8")
-    (tmp_path / "tokenizer_config.json").write_text(config.replace('"eos_token": "<|im_end|>"', '"eos_token": "<x>"'))
+    (tmp_path / "tokenizer_config.json").write_text(
+        config.replace('"eos_token": "<|im_end|>"', '"eos_token": "<x>"')
+    )
     with pytest.raises(FormatError, match="not in the vocabulary"):
         Tokenizer.load(tmp_path)
     with pytest.raises(ModelError, match="no chat template"):

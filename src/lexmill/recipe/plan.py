@@ -80,7 +80,7 @@ def _inputs(recipe: Recipe, run: Path, step: str) -> dict[str, str]:
     """The hashes of what a step reads: outputs of earlier steps, or raw files."""
     if step == "prepare":
         return _raw_files(recipe)
-    hashes = {}
+    hashes: dict[str, str] = {}
     for need in STEP_KINDS[step].needs:
         outputs = read_record(run, need).get("outputs", {})
         hashes |= {path: entry.get("sha256", "") for path, entry in outputs.items() if not _is_log(path)}

@@ -287,7 +287,7 @@ STEP_KINDS: dict[str, StepKind] = {
     "verify": StepKind(("export",), _RUNTIMES, {"verify.json": "verify.json"}, _verify),
     "report": StepKind(
         ("prepare", "tokenizer", "pretrain", "finetune", "evaluate", "export", "verify"),
-        ("recipe.report", "recipe.assets"),
+        ("recipe.report", "recipe.report_data", "recipe.charts", "recipe.markup", "recipe.assets"),
         {"report.html": "report.html"},
         _report,
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,16 +54,16 @@ def export_gguf(
     model = model if isinstance(model, ModelDirectory) else ModelDirectory.open(model)
     out = Path(out)
     metadata = _metadata(model, name)
-    partial = partial_name(out)
+    unfinished = partial_name(out)
     with explain_os_errors(out, "write"):
         try:
             with progress.task(f"writing {out.name}", model.config.parameters, "weights") as task:
                 writer = _Tensors(model, BLOCK_TYPES[name.upper()], task)
-                write_gguf(partial, metadata, writer.rows())
-            _check_written(partial, metadata, writer)
-            os.replace(partial, out)
+                write_gguf(unfinished, metadata, writer.rows())
+            _check_written(unfinished, metadata, writer)
+            os.replace(unfinished, out)
         finally:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
     return out
 
 
@@ -110,9 +111,7 @@ class _Tensors:
         for name in weight_names(config):
             shape = shapes[name.own]
             kind = _type_of(shape, self.type)
-            yield TensorToWrite(
-                name.gguf, shape, kind, lambda name=name, kind=kind: self._produce(name, kind)
-            )
+            yield TensorToWrite(name.gguf, shape, kind, partial(self._produce, name, kind))
 
     def _produce(self, name: WeightName, kind: BlockType) -> np.ndarray:
         weight = _weight_in_gguf(self.model, name)
@@ -121,7 +120,7 @@ class _Tensors:
         except LexmillError as error:
             where = f"{self.model.path}: weight '{name.huggingface}'"
             raise FormatError(f"{where}: {error.message}", error.hint) from error
-        self.checksums[name.gguf] = zlib.crc32(data)
+        self.checksums[name.gguf] = zlib.crc32(data.data)
         self.task.advance(weight.size)
         return data
 
@@ -164,7 +163,7 @@ def _check_written(path: Path, metadata: dict[str, Value], writer: _Tensors) -> 
             if (info := file.tensors.get(row.name)) is None
             or (info.shape, info.type) != (row.shape, row.type)
         ]
-        wrong += [name for name, crc in writer.checksums.items() if zlib.crc32(file.raw(name)) != crc]
+        wrong += [name for name, crc in writer.checksums.items() if zlib.crc32(file.raw(name).data) != crc]
         if wrong or len(file.tensors) != len(writer.checksums):
             raise FormatError(
                 f"{path}: read back, '{(wrong or ['the tensor count'])[0]}' differs from what was written.",

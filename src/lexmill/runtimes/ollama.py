@@ -65,7 +65,7 @@ def write_modelfile(
 
 def _quoted(text: str) -> str:
     """A value of one or more lines. The parser ends it at the first line that ends in three quotes."""
-    if any(line.rstrip().endswith('"""') for line in (text + "\n").split("\n")) or '"""' in text:
+    if '"""' in text:
         raise ConfigError('A text in a Modelfile cannot hold three double quotes (""") in a row.')
     if "\0" in text or "\r" in text:
         raise ConfigError("A text in a Modelfile cannot hold NUL or carriage-return characters.")
@@ -82,7 +82,7 @@ def _path(gguf: Path, out: Path) -> str:
         path = Path(os.path.relpath(gguf.resolve(), out.resolve().parent)).as_posix()
     except ValueError:  # another drive
         path = gguf.resolve().as_posix()
-    path = path if path.startswith((".", "/")) else f"./{path}"
+    path = path if path.startswith(("../", "/")) else f"./{path}"
     if '"' in path or not path.isprintable():
         raise ConfigError(
             f"The path {path!r} cannot be written in a Modelfile.", "Rename the GGUF file or its folder."

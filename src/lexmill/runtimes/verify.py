@@ -156,7 +156,7 @@ class _Transformers:
 
         path = str(directory.path)
         self._torch = torch
-        self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
         self._model = AutoModelForCausalLM.from_pretrained(
             path, local_files_only=True, dtype=torch.float32
         ).eval()

@@ -1,7 +1,5 @@
 """What `verify` asks every runtime: texts on which tokenizers differ, conversations on which templates do."""
 
-# ruff: noqa: RUF001  # look-alikes are the point
-
 from __future__ import annotations
 
 DEFAULT_PROMPTS = (

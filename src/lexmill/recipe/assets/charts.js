@@ -68,6 +68,7 @@
   };
   drawAll();
   dark.addEventListener("change", drawAll);
+  matchMedia("print").addEventListener("change", drawAll);
   const watch = new ResizeObserver(entries => {
     for (const { target } of entries) {
       const plot = plots.get(target);
