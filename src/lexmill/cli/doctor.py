@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
@@ -44,6 +43,8 @@ def doctor(
 
 
 def _examine(fast: bool) -> dict[str, Any]:
+    from importlib import metadata
+
     from lexmill.devices import this_machine, threads
 
     machine = this_machine()

@@ -9,7 +9,9 @@ import typer
 
 from lexmill.cli.options import Model, Out, Quiet, make_progress
 
-app = typer.Typer(no_args_is_help=True, help="Write a model for Hugging Face, llama.cpp or Ollama.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Write a model for Hugging Face, llama.cpp or Ollama."
+)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from lexmill.cli import (
 app = typer.Typer(
     name="lexmill",
     no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: rich alone would take longer to start than the rest
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(

@@ -10,7 +10,9 @@ import typer
 
 from lexmill.cli.options import Json, Out, Quiet, make_progress, print_json
 
-app = typer.Typer(no_args_is_help=True, help="Train a tokenizer; encode, decode and inspect text.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Train a tokenizer; encode, decode and inspect text."
+)
 
 Folder = Annotated[Path, typer.Argument(help="A model, run or tokenizer directory.", metavar="MODEL")]
 

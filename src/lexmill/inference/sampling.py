@@ -65,7 +65,8 @@ def distribution(logits: np.ndarray, config: SamplingConfig) -> np.ndarray:
         chosen[int(logits.argmax())] = 1.0
         return chosen
     # subtracting the maximum first: a tiny temperature may not overflow
-    scaled = (logits.astype(np.float64) - float(logits.max())) / config.temperature
+    with np.errstate(over="ignore"):  # minus infinity is the right answer
+        scaled = (logits.astype(np.float64) - float(logits.max())) / config.temperature
     probabilities = np.exp(log_softmax(scaled))
     order = np.argsort(-probabilities, kind="stable")
     keep = np.ones(len(order), bool)

@@ -11,14 +11,14 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from lexmill.files import atomic_write
 from lexmill.progress import format_duration
-from lexmill.recipe import charts, markup
+from lexmill.recipe import charts, markup, report_checks
 from lexmill.recipe.report_data import STEPS, Run, Stage
 
 MOST_SAMPLES = 8  # steps shown at once; the others are folded away
@@ -39,7 +39,6 @@ MEASURES = {
 }
 GROUPS = {"text": "Held-out text", "replies": "Replies"}
 SHARES = ("token_accuracy", "exact")
-VERDICTS = {True: ("good", "equal"), False: ("bad", "different"), None: ("grey", "not checked")}
 
 
 def write_report(run: Path, out: Path) -> Path:
@@ -67,7 +66,7 @@ def _page(run: Run) -> str:
         _life(run),
         *(_training(stage, drawn) for stage in run.stages),
         _scores(run.scores),
-        _verification(run.checks),
+        report_checks.verification(run.checks),
         _data(run.manifest),
         _lineage(run),
         _environment(run),
@@ -190,19 +189,7 @@ def _key_figures(run: Run) -> Iterable[tuple[str, str, str, str]]:
         "",
     )
 
-    yield "verify", *_verdict(run.checks)
-
-
-def _verdict(checks: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
-    if not checks:
-        return markup.ABSENT, "", ""
-    passed = [_passed(check) for check in checks]
-    equal, different, unchecked = passed.count(True), passed.count(False), passed.count(None)
-    more = [f"{different:,} different"] if different else []
-    if unchecked:
-        more.append(f"{unchecked:,} not checked")
-    tone = "bad" if different else "good" if equal else "grey"
-    return f"{equal:,} of {len(checks):,} checks equal", ", ".join(more) or "all were checked", tone
+    yield "verify", *report_checks.verdict(run.checks)
 
 
 def _life(run: Run) -> str:
@@ -367,65 +354,6 @@ def _example(example: Mapping[str, Any]) -> str:
         f'<article><span class="tags">{" ".join(tags)}</span>'
         f'<h4>{markup.escaped(markup.shortened(str(example.get("question", ""))))}</h4><dl class="pairs">{pairs}</dl></article>'
     )
-
-
-def _verification(checks: Sequence[Mapping[str, Any]]) -> str:
-    head = '<section id="verify"><h2>Do all runtimes agree?</h2>'
-    if not checks:
-        return f"{head}<p>{markup.ABSENT}</p></section>"
-    runtimes: dict[str, list[Mapping[str, Any]]] = {}
-    for check in checks:
-        runtimes.setdefault(str(check.get("runtime", "")), []).append(check)
-    bodies = []
-    for runtime, group in runtimes.items():
-        verdict, more, _ = _verdict(group)
-        rows = "".join(map(_check, group))
-        said = f"{verdict}, {more}" if more.startswith(tuple("0123456789")) else verdict
-        bodies.append(
-            f'<tbody><tr class="group"><th scope="rowgroup" colspan="5">{markup.escaped(runtime)} '
-            f"<span>{said}</span></th></tr>{rows}</tbody>"
-        )
-    verdict, more, _ = _verdict(checks)
-    columns = "".join(
-        f'<th scope="col"{kind}>{name}</th>'
-        for name, kind in (
-            ("check", ""),
-            ("result", ""),
-            ("figure", ' class="number"'),
-            ("tolerance", ' class="number"'),
-            ("detail", ""),
-        )
-    )
-    return (
-        f"{head}<p>{verdict}; {more}. The same model in different runtimes, compared with lexmill's own. "
-        "“Not checked” says nothing either way.</p>"
-        + markup.scrolled(
-            "checks of the runtimes", f"<thead><tr>{columns}</tr></thead>{''.join(bodies)}", "checks"
-        )
-        + "</section>"
-    )
-
-
-def _check(check: Mapping[str, Any]) -> str:
-    tone, word = VERDICTS[_passed(check)]
-    figure, tolerance = (
-        "" if check.get(name) is None else markup.show_value(check[name], short=True)
-        for name in ("figure", "tolerance")
-    )
-    detail = check.get("detail")
-    return (
-        f'<tr><th scope="row">{markup.escaped(check.get("check", ""))}</th>'
-        f'<td><span class="tag {tone}">{word}</span></td>'
-        f'<td class="number" data-label="figure">{figure}</td>'
-        f'<td class="number" data-label="tolerance">{tolerance}</td>'
-        f"<td>{'' if detail is None else markup.show_any(detail)}</td></tr>"
-    )
-
-
-def _passed(check: Mapping[str, Any]) -> bool | None:
-    """Only a plain `true` is a pass; what is neither true nor false was not checked."""
-    passed = check.get("passed")
-    return passed if isinstance(passed, bool) else None
 
 
 def _data(manifest: Mapping[str, Any]) -> str:

@@ -287,7 +287,14 @@ STEP_KINDS: dict[str, StepKind] = {
     "verify": StepKind(("export",), _RUNTIMES, {"verify.json": "verify.json"}, _verify),
     "report": StepKind(
         ("prepare", "tokenizer", "pretrain", "finetune", "evaluate", "export", "verify"),
-        ("recipe.report", "recipe.report_data", "recipe.charts", "recipe.markup", "recipe.assets"),
+        (
+            "recipe.report",
+            "recipe.report_checks",
+            "recipe.report_data",
+            "recipe.charts",
+            "recipe.markup",
+            "recipe.assets",
+        ),
         {"report.html": "report.html"},
         _report,
     ),

@@ -25,6 +25,7 @@ import numpy as np
 
 from lexmill.errors import LexmillError, MissingPackageError
 from lexmill.files import require_file
+from lexmill.formats.gguf import GGUFFile
 
 _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from {module} import child; child()"
 
@@ -154,6 +155,12 @@ class LlamaCpp:
     def ends_at(self, token: int, before: Sequence[int]) -> bool:
         """Whether generation ends when it comes to `token`: tried, by forcing it after the ids `before`."""
         return self._complete(before, 2, logit_bias=[[token, 1e6]])["stop_type"] == "eos"
+
+    def declared_ids(self) -> list[int]:
+        """The ids to which the file gives a meaning of their own: BOS, EOS, end of turn, padding and so on."""
+        with GGUFFile.open(self.path) as file:
+            values = {key: value for key, value in file.metadata.items() if key.endswith("_token_id")}
+        return [value for key, value in values.items() if key.startswith("tokenizer.ggml.")]
 
     def logprobs(self, prompts: Sequence[Sequence[int]], vocabulary: int) -> np.ndarray:
         """The log-probabilities of every next token after each prompt.

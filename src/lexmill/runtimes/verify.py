@@ -189,6 +189,11 @@ class _Transformers:
 
         return len(self._generate(before, 2, logits_processor=LogitsProcessorList([only]))) == 1
 
+    def declared_ids(self) -> list[int]:
+        config = self._model.generation_config
+        found = [*self._stops, config.bos_token_id, config.pad_token_id]
+        return [token for token in found if token is not None]
+
     @property
     def _stops(self) -> list[int]:
         listed = self._model.generation_config.eos_token_id

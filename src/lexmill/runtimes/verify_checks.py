@@ -65,6 +65,7 @@ class Runtime(Protocol):
     def logprobs(self, prompts: Sequence[Sequence[int]], vocabulary: int) -> np.ndarray: ...
     def greedy(self, ids: Sequence[int], max_tokens: int) -> list[int]: ...
     def ends_at(self, token: int, before: Sequence[int]) -> bool: ...
+    def declared_ids(self) -> list[int]: ...
 
 
 class Reference:
@@ -167,7 +168,7 @@ class Comparison:
         )
 
     def stops(self) -> Check:
-        """Which of the special tokens, and of some ordinary ones, end generation."""
+        """Which tokens end generation, tried on all that are special to either side and on an ordinary one."""
         tokenizer, ordinary = self.reference.tokenizer, self.reference.tokenizer.encode("a")
         ends = tokenizer.ids.stop
         special = {tokenizer.vocabulary[text] for text in tokenizer.special_texts}
@@ -176,7 +177,7 @@ class Comparison:
             "stop tokens",
             (
                 (token, token in ends, self.runtime.ends_at(token, before))
-                for token in sorted({*special, *ends, *ordinary})
+                for token in sorted({*special, *ends, *ordinary, *self.runtime.declared_ids()})
             ),
             "ids",
         )

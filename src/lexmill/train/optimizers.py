@@ -79,7 +79,7 @@ class OptimizerSet:
         weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.95),
     ) -> None:
-        self._names = {
+        self._names: dict[Any, str] = {
             parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad
         }
         matrices = [
@@ -115,7 +115,10 @@ class OptimizerSet:
     def state(self) -> dict[str, np.ndarray]:
         """All state as arrays named "PARAMETER/KEY"."""
         return {
-            f"{self._names[parameter]}/{key}": torch.as_tensor(value).detach().cpu().numpy()
+            f"{self._names[cast(nn.Parameter, parameter)]}/{key}": torch.as_tensor(value)
+            .detach()
+            .cpu()
+            .numpy()
             for optimizer in self.optimizers
             for parameter, values in optimizer.state.items()
             for key, value in values.items()

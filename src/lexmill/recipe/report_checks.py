@@ -1,0 +1,81 @@
+"""The part of a report that says whether all runtimes agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lexmill.recipe import markup
+
+VERDICTS = {True: ("good", "equal"), False: ("bad", "different"), None: ("grey", "not checked")}
+
+
+def verdict(checks: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+    if not checks:
+        return markup.ABSENT, "", ""
+    passed = [passed(check) for check in checks]
+    equal, different, unchecked = passed.count(True), passed.count(False), passed.count(None)
+    more = [f"{different:,} different"] if different else []
+    if unchecked:
+        more.append(f"{unchecked:,} not checked")
+    tone = "bad" if different else "good" if equal else "grey"
+    return f"{equal:,} of {len(checks):,} checks equal", ", ".join(more) or "all were checked", tone
+
+
+def verification(checks: Sequence[Mapping[str, Any]]) -> str:
+    head = '<section id="verify"><h2>Do all runtimes agree?</h2>'
+    if not checks:
+        return f"{head}<p>{markup.ABSENT}</p></section>"
+    runtimes: dict[str, list[Mapping[str, Any]]] = {}
+    for check in checks:
+        runtimes.setdefault(str(check.get("runtime", "")), []).append(check)
+    bodies = []
+    for runtime, group in runtimes.items():
+        verdict, more, _ = verdict(group)
+        rows = "".join(map(check_row, group))
+        said = f"{verdict}, {more}" if more.startswith(tuple("0123456789")) else verdict
+        bodies.append(
+            f'<tbody><tr class="group"><th scope="rowgroup" colspan="5">{markup.escaped(runtime)} '
+            f"<span>{said}</span></th></tr>{rows}</tbody>"
+        )
+    verdict, more, _ = verdict(checks)
+    columns = "".join(
+        f'<th scope="col"{kind}>{name}</th>'
+        for name, kind in (
+            ("check", ""),
+            ("result", ""),
+            ("figure", ' class="number"'),
+            ("tolerance", ' class="number"'),
+            ("detail", ""),
+        )
+    )
+    return (
+        f"{head}<p>{verdict}; {more}. The same model in different runtimes, compared with lexmill's own. "
+        "“Not checked” says nothing either way.</p>"
+        + markup.scrolled(
+            "checks of the runtimes", f"<thead><tr>{columns}</tr></thead>{''.join(bodies)}", "checks"
+        )
+        + "</section>"
+    )
+
+
+def check_row(check: Mapping[str, Any]) -> str:
+    tone, word = VERDICTS[passed(check)]
+    figure, tolerance = (
+        "" if check.get(name) is None else markup.show_value(check[name], short=True)
+        for name in ("figure", "tolerance")
+    )
+    detail = check.get("detail")
+    return (
+        f'<tr><th scope="row">{markup.escaped(check.get("check", ""))}</th>'
+        f'<td><span class="tag {tone}">{word}</span></td>'
+        f'<td class="number" data-label="figure">{figure}</td>'
+        f'<td class="number" data-label="tolerance">{tolerance}</td>'
+        f"<td>{'' if detail is None else markup.show_any(detail)}</td></tr>"
+    )
+
+
+def passed(check: Mapping[str, Any]) -> bool | None:
+    """Only a plain `true` is a pass; what is neither true nor false was not checked."""
+    passed = check.get("passed")
+    return passed if isinstance(passed, bool) else None
