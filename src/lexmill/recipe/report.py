@@ -189,7 +189,7 @@ def _key_figures(run: Run) -> Iterable[tuple[str, str, str, str]]:
         "",
     )
 
-    yield "verify", *report_checks.verdict(run.checks)
+    yield "verify", *report_checks.overall_verdict(run.checks)
 
 
 def _life(run: Run) -> str:

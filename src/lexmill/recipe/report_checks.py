@@ -10,7 +10,7 @@ from lexmill.recipe import markup
 VERDICTS = {True: ("good", "equal"), False: ("bad", "different"), None: ("grey", "not checked")}
 
 
-def verdict(checks: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+def overall_verdict(checks: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
     if not checks:
         return markup.ABSENT, "", ""
     passed = [passed(check) for check in checks]
@@ -31,14 +31,14 @@ def verification(checks: Sequence[Mapping[str, Any]]) -> str:
         runtimes.setdefault(str(check.get("runtime", "")), []).append(check)
     bodies = []
     for runtime, group in runtimes.items():
-        verdict, more, _ = verdict(group)
+        verdict, more, _ = overall_verdict(group)
         rows = "".join(map(check_row, group))
         said = f"{verdict}, {more}" if more.startswith(tuple("0123456789")) else verdict
         bodies.append(
             f'<tbody><tr class="group"><th scope="rowgroup" colspan="5">{markup.escaped(runtime)} '
             f"<span>{said}</span></th></tr>{rows}</tbody>"
         )
-    verdict, more, _ = verdict(checks)
+    verdict, more, _ = overall_verdict(checks)
     columns = "".join(
         f'<th scope="col"{kind}>{name}</th>'
         for name, kind in (

@@ -115,10 +115,7 @@ class OptimizerSet:
     def state(self) -> dict[str, np.ndarray]:
         """All state as arrays named "PARAMETER/KEY"."""
         return {
-            f"{self._names[cast(nn.Parameter, parameter)]}/{key}": torch.as_tensor(value)
-            .detach()
-            .cpu()
-            .numpy()
+            f"{self._names[parameter]}/{key}": torch.as_tensor(value).detach().cpu().numpy()
             for optimizer in self.optimizers
             for parameter, values in optimizer.state.items()
             for key, value in values.items()
