@@ -13,7 +13,7 @@ VERDICTS = {True: ("good", "equal"), False: ("bad", "different"), None: ("grey",
 def overall_verdict(checks: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
     if not checks:
         return markup.ABSENT, "", ""
-    passed = [passed(check) for check in checks]
+    passed = [was_equal(check) for check in checks]
     equal, different, unchecked = passed.count(True), passed.count(False), passed.count(None)
     more = [f"{different:,} different"] if different else []
     if unchecked:
@@ -60,7 +60,7 @@ def verification(checks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def check_row(check: Mapping[str, Any]) -> str:
-    tone, word = VERDICTS[passed(check)]
+    tone, word = VERDICTS[was_equal(check)]
     figure, tolerance = (
         "" if check.get(name) is None else markup.show_value(check[name], short=True)
         for name in ("figure", "tolerance")
@@ -75,7 +75,7 @@ def check_row(check: Mapping[str, Any]) -> str:
     )
 
 
-def passed(check: Mapping[str, Any]) -> bool | None:
+def was_equal(check: Mapping[str, Any]) -> bool | None:
     """Only a plain `true` is a pass; what is neither true nor false was not checked."""
     passed = check.get("passed")
     return passed if isinstance(passed, bool) else None

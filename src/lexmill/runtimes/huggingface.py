@@ -174,7 +174,7 @@ def model_card(model: ModelDirectory) -> str:
         _snippet(model.tokenizer.ids, name, chat),
         "## Where it runs",
         "| runtime | works |\n|---|---|\n"
-        "| transformers 4 and 5 | yes, from this directory |\n"
+        "| transformers | yes, from this directory |\n"
         "| llama.cpp | yes, exported to GGUF (f32, f16, bf16, q8_0) |\n"
         f"| Ollama | {'yes, from the GGUF file with its Modelfile' if chat else 'yes, from the GGUF file'} |",
         "`lexmill verify` compares the answers of transformers and llama.cpp with lexmill's own.",
