@@ -49,10 +49,10 @@ def show_checks(checks: list[dict[str, Any]], screen: Any) -> None:
 
     names = list(dict.fromkeys(check["check"] for check in checks))
     table = Table(title="the same answers as lexmill?", title_justify="left")
-    table.add_column("runtime", overflow="fold")
+    table.add_column("runtime", no_wrap=True)
     for name in names:
         table.add_column(name, overflow="fold")
-    words = {True: ("equal", "green"), False: ("DIFFERENT", "bold red"), None: ("not checked", "yellow")}
+    words: dict[Any, tuple[str, str]] = {True: ("equal", "green"), False: ("DIFFERENT", "bold red"), None: ("not checked", "yellow")}
     for runtime in dict.fromkeys(check["runtime"] for check in checks):
         cells = []
         for name in names:
@@ -60,12 +60,10 @@ def show_checks(checks: list[dict[str, Any]], screen: Any) -> None:
             if not found:
                 cells.append(Text("-"))
                 continue
-            word, style = words[found[0]["passed"]]
-            figure = found[0]["figure"]
-            shown = f" ({figure:.1e})" if isinstance(figure, float) and figure else ""
-            cells.append(Text(word + shown, style))
+            cells.append(Text(*words[found[0]["passed"]]))
         table.add_row(runtime, *cells)
     screen.print(table)
+    screen.print("Figures, tolerances and details are in the JSON and in the report.", style="dim")
     for check in checks:
         if check["passed"] is not True:
             state = words[check["passed"]][0]

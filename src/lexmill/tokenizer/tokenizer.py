@@ -43,7 +43,7 @@ class Tokenizer:
         self.ids = ids
         self.chat_template = chat_template
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self.vocabulary.values()) + 1
@@ -213,7 +213,9 @@ class StreamDecoder:
         self._shown = 0
 
     def push(self, token: int) -> str:
-        """The text that this id completes, possibly empty."""
+        """The text that this id completes, possibly empty. An embedding row that pads the vocabulary has none."""
+        if token >= self._tokenizer.vocab_size:
+            return ""
         if self._skip_special and self._tokenizer.token_text(token) in self._tokenizer.special_texts:
             return ""
         piece = self._tokenizer.token_bytes(token)
