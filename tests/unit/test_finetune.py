@@ -1,9 +1,11 @@
 """Chat fine-tuning: which tokens are targets."""
 
+import numpy as np
 import pytest
 
 from lexmill.errors import DataError
 from lexmill.finetune.chat import chat_example, fit
+from lexmill.finetune.stage import Replay, join_conversations
 from lexmill.train.batches import IGNORED
 
 
@@ -45,3 +47,27 @@ def test_an_example_cut_before_its_reply_is_dropped(tokenizer):
     example = chat_example(messages, tokenizer)
     assert fit(example, 8) is None
     assert fit(example, 1000) is not None
+
+
+def test_joined_conversations_are_used_once_each():
+    def talk(number, system=False):
+        start = [{"role": "system", "content": "s"}] if system else []
+        return [*start, {"role": "user", "content": str(number)}, {"role": "assistant", "content": "a"}]
+
+    talks = [talk(number, system=number % 5 == 0) for number in range(40)]
+    joined = join_conversations(talks, 4, np.random.default_rng(0))
+    said = [message["content"] for one in joined for message in one if message["role"] == "user"]
+    assert sorted(said, key=int) == [str(number) for number in range(40)]
+    assert len(joined) < 40
+    assert all(message["role"] != "system" for one in joined for message in one[1:])
+    assert max(sum(message["role"] == "user" for message in one) for one in joined) <= 4
+    assert join_conversations(talks, 1, np.random.default_rng(0)) != talks  # another order, nothing joined
+    assert all(len(one) <= 3 for one in join_conversations(talks, 1, np.random.default_rng(0)))
+
+
+def test_replay_draws_about_as_much_text_as_asked(documents, tokenizer):
+    replay = Replay(documents / "train.parquet", tokenizer, 64)
+    pieces = replay.draw(1000, np.random.default_rng(0))
+    assert 1000 <= sum(len(piece.tokens) for piece in pieces) < 1064
+    assert all(len(piece.tokens) <= 64 for piece in pieces)
+    assert replay.draw(0, np.random.default_rng(0)) == []

@@ -268,7 +268,7 @@ def test_report():
     for checks, passed, code in [
         ((), False, 2),
         ((unknown,), False, 2),
-        ((same, unknown), True, 0),
+        ((same, unknown), True, 2),
         ((same, different), False, 1),
     ]:
         report = VerifyReport("m", {}, checks)

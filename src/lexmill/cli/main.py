@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -34,18 +37,34 @@ app = typer.Typer(
         "130 interrupted (the same command goes on)."
     ),
 )
-app.command("run")(run.run)
-app.command("prepare")(prepare.prepare)
+
+
+def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The verb, but Ctrl-C says what comes next; typer alone would end without a word."""
+
+    @functools.wraps(verb)
+    def guarded(*arguments: Any, **options: Any) -> Any:
+        try:
+            return verb(*arguments, **options)
+        except KeyboardInterrupt:
+            _complain("Interrupted.", "The same command goes on where it stopped.")
+            raise typer.Exit(130) from None
+
+    return guarded
+
+
+app.command("run")(_guarded(run.run))
+app.command("prepare")(_guarded(prepare.prepare))
 app.add_typer(tokenizer.app, name="tokenizer")
-app.command("pretrain")(pretrain.pretrain)
-app.command("finetune")(finetune.finetune)
-app.command("evaluate")(evaluate.evaluate)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
+app.command("pretrain")(_guarded(pretrain.pretrain))
+app.command("finetune")(_guarded(finetune.finetune))
+app.command("evaluate")(_guarded(evaluate.evaluate))
+app.command("generate")(_guarded(generate.generate))
+app.command("chat")(_guarded(chat.chat))
 app.add_typer(export.app, name="export")
-app.command("verify")(verify.verify)
-app.command("report")(report.report)
-app.command("doctor")(doctor.doctor)
+app.command("verify")(_guarded(verify.verify))
+app.command("report")(_guarded(report.report))
+app.command("doctor")(_guarded(doctor.doctor))
 
 
 def _version(asked: bool) -> None:
@@ -78,9 +97,6 @@ def main() -> None:
     except LexmillError as error:
         _complain(error.message, error.hint)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _complain("Interrupted.", "The same command goes on where it stopped.")
-        sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)

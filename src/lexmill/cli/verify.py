@@ -24,7 +24,7 @@ def verify(
 ) -> None:
     """Check token ids, chat prompts, logits and greedy text against transformers and llama.cpp.
 
-    Exit code 0: all equal. 1: a difference. 2: nothing could be checked.
+    Exit code 0: all equal. 1: a difference. 2: something could not be checked.
     """
     begin_computing()
     from lexmill.inference.language_model import find_model
@@ -52,7 +52,11 @@ def show_checks(checks: list[dict[str, Any]], screen: Any) -> None:
     table.add_column("runtime", no_wrap=True)
     for name in names:
         table.add_column(name, overflow="fold")
-    words: dict[Any, tuple[str, str]] = {True: ("equal", "green"), False: ("DIFFERENT", "bold red"), None: ("not checked", "yellow")}
+    words: dict[Any, tuple[str, str]] = {
+        True: ("equal", "green"),
+        False: ("DIFFERENT", "bold red"),
+        None: ("not checked", "yellow"),
+    }
     for runtime in dict.fromkeys(check["runtime"] for check in checks):
         cells = []
         for name in names:

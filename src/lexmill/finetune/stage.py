@@ -7,17 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from lexmill.data.documents import read_documents
-from lexmill.errors import DataError
+from lexmill.errors import ConfigError, DataError
 from lexmill.files import write_json
 from lexmill.finetune.chat import chat_example, fit
 from lexmill.model.decoder import Decoder
 from lexmill.model.directory import ModelDirectory, write_model_directory
 from lexmill.progress import SILENT, Progress
 from lexmill.tokenizer.tokenizer import Tokenizer
-from lexmill.train.batches import Example, Loader, fixed_batches
+from lexmill.train.batches import Example, Loader, fixed_batches, next_token_example
 from lexmill.train.causal import causal_loss
 from lexmill.train.loop import Hooks, TrainConfig, TrainResult, mean_loss, train
 
@@ -30,24 +31,85 @@ class FinetuneConfig(TrainConfig):
     """The `[finetune]` table of a recipe."""
 
     prompts: tuple[str, ...] = ("Hello",)  # questions whose answers are shown as training goes on
+    join: int = 1  # up to so many conversations, drawn anew each epoch, become one of several turns
+    text_share: float = (
+        0.0  # share of the examples' tokens that are plain text, so that writing is not forgotten
+    )
     row_length: int | None = None  # tokens in a training row; the model's context when not given
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.join < 1:
+            raise ConfigError("'join' must be at least 1.")
+        if not 0 <= self.text_share < 1:
+            raise ConfigError("'text_share' must lie in [0, 1).")
 
-def chat_examples(path: Path, tokenizer: Tokenizer, length: int) -> list[Example]:
-    """The conversations of a Parquet file of documents, as examples no longer than `length`.
+
+Conversation = list[dict[str, str]]
+
+
+def read_conversations(path: Path) -> list[Conversation]:
+    """The conversations of a Parquet file of documents.
 
     Raises:
         DataError: there are none.
     """
-    examples = []
-    for document in read_documents(path):
-        if document.kind == "chat":
-            example = fit(chat_example(document.messages or (), tokenizer), length)
-            if example is not None:
-                examples.append(example)
-    if not examples:
+    found = [
+        [dict(message) for message in document.messages or ()]
+        for document in read_documents(path)
+        if document.kind == "chat"
+    ]
+    if not found:
         raise DataError(f"{path}: there are no conversations to learn from.", "Add a source of kind 'chat'.")
-    return examples
+    return found
+
+
+def join_conversations(
+    conversations: list[Conversation], most: int, random: np.random.Generator
+) -> list[Conversation]:
+    """Lay up to `most` conversations one behind the other, drawn at random; each is used once.
+
+    A model that has only seen single questions loses its way in a talk of several turns. What
+    begins with a system message stays alone.
+    """
+    joined: list[Conversation] = []
+    room = 0
+    for index in random.permutation(len(conversations)):
+        conversation = conversations[index]
+        alone = conversation[0]["role"] == "system"
+        if room > 0 and not alone:
+            joined[-1] = joined[-1] + conversation
+            room -= 1
+        else:
+            joined.append(list(conversation))
+            room = 0 if alone else int(random.integers(0, most))
+    return joined
+
+
+def to_examples(conversations: list[Conversation], tokenizer: Tokenizer, length: int) -> list[Example]:
+    """Conversations as examples of at most `length` tokens; one whose replies are all cut off is left out."""
+    fitted = (fit(chat_example(conversation, tokenizer), length) for conversation in conversations)
+    return [example for example in fitted if example is not None]
+
+
+class Replay:
+    """Pieces of the training text, to be mixed in."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, length: int) -> None:
+        self._length = length
+        texts = [document.text or "" for document in read_documents(path) if document.kind == "text"]
+        ids = (np.array(one, np.int64) for one in tokenizer.encode_batch(texts, special=False))
+        self._ids = [one for one in ids if len(one) > 1]
+
+    def draw(self, tokens: int, random: np.random.Generator) -> list[Example]:
+        """Pieces of about so many tokens in all; none when there is no text."""
+        pieces: list[Example] = []
+        while tokens > 0 and self._ids:
+            ids = self._ids[int(random.integers(len(self._ids)))]
+            start = int(random.integers(max(len(ids) - self._length, 1)))
+            pieces.append(next_token_example(ids[start : start + self._length + 1]))
+            tokens -= len(pieces[-1].tokens)
+        return pieces
 
 
 def finetune(
@@ -71,18 +133,25 @@ def finetune(
     tokenizer = base.tokenizer
     length = config.row_length or base.config.context
     pad = tokenizer.ids.pad if tokenizer.ids.pad is not None else 0
-    examples = chat_examples(documents / "train.parquet", tokenizer, length)
+    conversations = read_conversations(documents / "train.parquet")
+    replay = Replay(documents / "train.parquet", tokenizer, length) if config.text_share else None
     held_out = fixed_batches(
-        chat_examples(documents / "validation.parquet", tokenizer, length),
+        to_examples(read_conversations(documents / "validation.parquet"), tokenizer, length),
         rows=config.rows,
         length=length,
         pad_id=pad,
     )
+
+    def examples(epoch: int) -> list[Example]:
+        random = np.random.default_rng([config.seed, epoch, 2])
+        chats = to_examples(join_conversations(conversations, config.join, random), tokenizer, length)
+        tokens = sum(len(example.tokens) for example in chats)
+        share = config.text_share
+        return chats + (replay.draw(round(tokens * share / (1 - share)), random) if replay else [])
+
     model = Decoder(base.config)
     model.load_weights(base.weights())
-    progress.say(
-        f"  {len(examples):,} conversations, {sum((e.targets >= 0).sum() for e in examples):,} target tokens"
-    )
+    progress.say(f"  {len(conversations):,} conversations")
 
     def validate(model: nn.Module) -> dict[str, float]:
         return {"validation_loss": round(mean_loss(model, causal_loss, held_out)[0], 5)}
@@ -105,7 +174,7 @@ def finetune(
     result = train(
         model,
         causal_loss,
-        Loader(lambda epoch: examples, rows=config.rows, length=length, pad_id=pad, seed=config.seed),
+        Loader(examples, rows=config.rows, length=length, pad_id=pad, seed=config.seed),
         config,
         out,
         label="fine-tuning",

@@ -47,10 +47,10 @@ class VerifyReport:
 
     @property
     def exit_code(self) -> int:
-        """0: all answers are the same; 1: one differs; 2: nothing could be checked."""
+        """0: all answers are the same; 1: one differs; 2: something could not be checked."""
         if any(check.passed is False for check in self.checks):
             return 1
-        return 0 if self.passed else 2
+        return 0 if self.passed and all(check.passed for check in self.checks) else 2
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
