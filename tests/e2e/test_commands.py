@@ -134,15 +134,14 @@ def test_ctrl_c_says_that_the_same_command_goes_on(recipe, tmp_path):
         stdout=subprocess.DEVNULL,
         text=True,
     )
-    for line in process.stderr:
-        if "parameters" in line:
-            break
-    time.sleep(1.0)
+    checkpoints = tmp_path / "run" / ".work" / "pretrain" / "pretrain" / "checkpoints"
+    while process.poll() is None and not list(checkpoints.glob("step-*")):
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "goes on where it stopped" in errors and "Traceback" not in errors
-    assert list((tmp_path / "run" / ".work" / "pretrain" / "pretrain" / "checkpoints").glob("step-*"))
+    assert list(checkpoints.glob("step-*"))
 
 
 def test_models_write_and_answer(finished):
