@@ -175,11 +175,14 @@ def compare_speed(pairs: int, steps: int) -> None:
     print(f"matrix products reach {peak:.0f} GFLOP/s in float32 in this run")
     sides = {name: Side(name) for name in SIDES}
     slow = sides["transformers-bfloat16"].time(1) > 4 * sides["transformers-float32"].time(1)
-    sides["transformers-bfloat16"].seconds.clear()
     sides["transformers-float32"].seconds.clear()
+    if not slow:
+        sides["transformers-bfloat16"].seconds.clear()
     for _ in range(pairs):
         for name, side in sides.items():
-            side.time(1 if slow and name == "transformers-bfloat16" else steps)
+            # where bfloat16 is emulated a step takes a minute, and once is enough to know it
+            if not (slow and name == "transformers-bfloat16"):
+                side.time(steps)
     work = flops_per_step(ROWS * LENGTH)
     for side in sides.values():
         seconds = statistics.median(side.seconds)
