@@ -117,10 +117,11 @@ def test_killed_in_any_step_and_started_again_gives_the_same_model(recipe, finis
     for line in process.stderr:
         if line.startswith(f"{step}:"):
             break
-    time.sleep({"pretrain": 0.8, "finetune": 0.8, "evaluate": 0.5}.get(step, 0.1))
+    time.sleep({"pretrain": 0.8, "finetune": 0.8, "evaluate": 0.2}.get(step, 0.1))
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "run" / "model").exists() or step == "verify"
+    if (tmp_path / "run" / "model").exists():  # killed later than meant: what stands there must be whole
+        assert weights(tmp_path / "run") == weights(finished[0])
     again = lexmill("run", recipe, "--out", tmp_path / "run")
     assert again.returncode == 0, again.stderr
     assert weights(tmp_path / "run") == weights(finished[0])
