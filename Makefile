@@ -15,6 +15,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 demo: $(VENV)/ready
 	@$(BIN)/lexmill run recipes/quickstart.toml
+	@echo "(In a new shell, first: source $(BIN)/activate)"
 
 test: $(VENV)/ready
 	@$(BIN)/python -m pytest -m "not slow"
