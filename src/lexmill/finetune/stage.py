@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.train.batches import Example, Loader, fixed_batches, next_token_example
 from lexmill.train.causal import causal_loss
 from lexmill.train.loop import Hooks, TrainConfig, TrainResult, mean_loss, train
+from lexmill.train.metrics import write_samples
 
 # (model, tokenizer, question) -> the reply
 Replier = Callable[[nn.Module, Tokenizer, str], str]
@@ -156,20 +156,13 @@ def finetune(
     def validate(model: nn.Module) -> dict[str, float]:
         return {"validation_loss": round(mean_loss(model, causal_loss, held_out)[0], 5)}
 
-    samples = out / "samples.jsonl"
-
     def show_replies(model: nn.Module, step: int) -> None:
-        lines = (
-            []
-            if not samples.exists()
-            else [json.loads(line) for line in samples.read_text("utf-8").splitlines()]
-        )
-        lines = [line for line in lines if line["step"] < step]
-        for prompt in config.prompts:
-            text = reply(model, tokenizer, prompt) if reply else ""
-            lines.append({"step": step, "prompt": prompt, "text": text})
+        if reply is None:
+            return
+        said = [(prompt, reply(model, tokenizer, prompt)) for prompt in config.prompts]
+        write_samples(out / "samples.jsonl", step, said)
+        for prompt, text in said:
             progress.say(f"    {prompt} > {' '.join(text.split())[:90]}")
-        samples.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
 
     result = train(
         model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.train.batches import Example, Loader, fixed_batches, next_token_example
 from lexmill.train.causal import causal_loss
 from lexmill.train.loop import Hooks, TrainConfig, TrainResult, mean_loss, train
+from lexmill.train.metrics import write_samples
 
 # (model, tokenizer, prompt) -> the text that the model puts behind the prompt
 Sampler = Callable[[nn.Module, Tokenizer, str], str]
@@ -181,20 +181,13 @@ def pretrain(
     def validate(model: nn.Module) -> dict[str, float]:
         return {"validation_loss": round(mean_loss(model, causal_loss, validation)[0], 5)}
 
-    samples = out / "samples.jsonl"
-
     def show_samples(model: nn.Module, step: int) -> None:
-        lines = (
-            []
-            if not samples.exists()
-            else [json.loads(line) for line in samples.read_text("utf-8").splitlines()]
-        )
-        lines = [line for line in lines if line["step"] < step]
-        for prompt in config.prompts:
-            text = sample(model, tokenizer, prompt) if sample else ""
-            lines.append({"step": step, "prompt": prompt, "text": text})
+        if sample is None:
+            return
+        said = [(prompt, sample(model, tokenizer, prompt)) for prompt in config.prompts]
+        write_samples(out / "samples.jsonl", step, said)
+        for prompt, text in said:
             progress.say(f"    {prompt}|{' '.join(text.split())[:90]}")
-        samples.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
 
     result = train(
         model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +57,14 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(value, dict):
                 yield value
+
+
+def write_samples(path: Path, step: int, samples: Sequence[tuple[str, str]]) -> None:
+    """Append what a model wrote at `step` to a JSONL file, one (prompt, text) a line.
+
+    Lines of this step or later are replaced: they come from before a resume.
+    """
+    lines = [line for line in read_metrics(path) if line.get("step", 0) < step]
+    lines += [{"step": step, "prompt": prompt, "text": text} for prompt, text in samples]
+    with atomic_write(path, "w") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
