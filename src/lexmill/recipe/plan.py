@@ -52,7 +52,8 @@ def make_plan(recipe: Recipe, run: Path, start: str | None = None) -> list[Plann
     """Plan all steps in order.
 
     Args:
-        start: this step and all that need it run again, done or not.
+        start: this step runs again, done or not. All that need it are planned too; when the time
+            comes, those whose inputs came out the same are passed over.
     """
     plan: list[Planned] = []
     rerun: set[str] = set()

@@ -39,7 +39,7 @@ def run(
     Args:
         recipe: a recipe or the path of one.
         out: the run directory; `runs/NAME` when not given.
-        start: run this step and what needs it again, even if done.
+        start: run this step again, even if done; what needs it follows where its result came out otherwise.
 
     Returns:
         The plan that was carried out. A step whose `reason` is empty was done already.
@@ -109,7 +109,7 @@ def _compute_settings() -> None:
 def _run_step(recipe: Recipe, folder: Path, planned: Planned, progress: Progress) -> None:
     step, kind = planned.step, STEP_KINDS[planned.step]
     work = _work_folder(folder, planned)
-    progress.say(f"{step}: {planned.reason or 'asked for with --from'}")
+    progress.say(f"{step}: {planned.reason}")
     started = time.perf_counter()
     lineage = {
         "lexmill": planned.parts["code"][:16],

@@ -17,12 +17,13 @@ import numpy as np
 
 from lexmill.errors import LexmillError, MissingPackageError
 from lexmill.formats.gguf import GGUFFile
+from lexmill.inference.sampling import log_softmax
 from lexmill.model.directory import ModelDirectory
 from lexmill.progress import SILENT, Progress, Task
 from lexmill.runtimes.llama_cpp import FILE_TYPES, weight_error
 from lexmill.runtimes.llama_cpp_server import LlamaCpp
 from lexmill.runtimes.verify_cases import DEFAULT_PROMPTS
-from lexmill.runtimes.verify_checks import TOLERANCES, Comparison, Reference, Runtime, Tolerance, log_softmax
+from lexmill.runtimes.verify_checks import TOLERANCES, Comparison, Reference, Runtime, Tolerance
 from lexmill.runtimes.verify_report import Check, VerifyReport
 
 __all__ = ["DEFAULT_PROMPTS", "TOLERANCES", "Check", "VerifyReport", "verify"]

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lexmill.errors import DataError
+from lexmill.inference.sampling import log_softmax
 from lexmill.model.directory import ModelDirectory
 from lexmill.runtimes.verify_cases import CONVERSATIONS, TEXTS
 from lexmill.runtimes.verify_report import Check
@@ -111,12 +112,6 @@ class Reference:
         if len(chosen) < limit:  # it ended here: the best of the tokens that end a text was chosen
             gaps = np.append(gaps, rows[-1].max() - rows[-1][list(self.tokenizer.ids.stop)].max())
         return gaps
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities over the last axis, in float64."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 class Comparison:
