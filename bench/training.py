@@ -64,7 +64,12 @@ def our_side(optimizer: str):
     precision = choose_precision()
     rate = 3e-3 if optimizer == "muon" else 1e-3
     optimizers = OptimizerSet(
-        model, kind=optimizer, learning_rate=rate, matrix_learning_rate=0.02, weight_decay=0.0
+        model,
+        kind=optimizer,
+        learning_rate=rate,
+        matrix_learning_rate=0.02,
+        weight_decay=0.0,
+        precision=precision,
     )
     positions = np.tile(np.arange(LENGTH), (ROWS, 1))
     document = np.zeros((ROWS, LENGTH), np.int64)
@@ -72,11 +77,11 @@ def our_side(optimizer: str):
     def step(ids) -> float:
         batch = Batch(ids[:, :-1], ids[:, 1:], positions, document)
         with autocast(precision):
-            loss, targets = causal_loss(model, batch)
-        (loss / targets).backward()
+            loss = causal_loss(model, batch).sums["tokens"] / batch.counts["tokens"]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(1.0)
-        return float(loss.detach()) / targets
+        return float(loss.detach())
 
     return step, f"lexmill, {optimizer}, {precision}"
 

@@ -41,7 +41,7 @@ def pair(**changes):
     with torch.no_grad():
         for name, weight in ours.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
+            weight.copy_(1 + 0.2 * noise if "norm" in name else noise / 8)
     values = config.to_huggingface()
     kind = transformers.AutoConfig.for_model(**{k: v for k, v in values.items() if k != "architectures"})
     kind._attn_implementation = "eager"

@@ -114,7 +114,7 @@ def test_gguf_py_reads_our_files_and_knows_every_name(tmp_path, models, shape):
 
 def test_permutation_is_the_converters(models):
     """The formula of llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
-    weight = models("llama").weight("blocks.0.attention.k.weight")
+    weight = models("llama").weight("decoder.blocks.0.attention.k.weight")
     theirs = weight.reshape(2, 2, weight.shape[0] // 2 // 2, 64).swapaxes(1, 2).reshape(weight.shape)
     np.testing.assert_array_equal(llama_cpp.permute_rope(weight, 2), theirs)
 

@@ -132,7 +132,7 @@ def test_weight_error_sees_a_single_weight(tmp_path, model, make_model):
 def test_unknown_type_and_weights_out_of_range(tmp_path, model):
     with pytest.raises(ConfigError, match="q4_k_m' is not supported"):
         export_gguf(model, tmp_path / "m.gguf", "q4_k_m")
-    weights = model.weights() | {"blocks.0.mlp.up.weight": np.full((96, 64), 1e5, np.float32)}
+    weights = model.weights() | {"decoder.blocks.0.mlp.up.weight": np.full((96, 64), 1e5, np.float32)}
     large = write_model_directory(tmp_path / "large", model.config, weights, model.tokenizer)
     with pytest.raises(FormatError, match=r"up_proj.*too large for F16"):
         export_gguf(large, tmp_path / "m.gguf", "f16")

@@ -13,7 +13,8 @@ from lexmill.model.config import ModelConfig
 from lexmill.model.decoder import Decoder
 from lexmill.train.batches import IGNORED, Batch, Example, Loader, next_token_example, pack
 from lexmill.train.causal import causal_loss
-from lexmill.train.loop import Hooks, TrainConfig, _Run, mean_loss, train
+from lexmill.train.loop import Hooks, TrainConfig, _Run, train
+from lexmill.train.objective import Losses, measure
 from lexmill.train.optimizers import orthogonalise
 from lexmill.train.schedule import learning_rate_factor
 
@@ -50,7 +51,7 @@ def test_packing_keeps_every_example_whole(lengths):
                 assert (batch.positions[row][at] == np.arange(at.sum())).all()
                 found.append((tuple(batch.tokens[row][at]), tuple(batch.targets[row][at])))
     assert sorted(found) == sorted((tuple(e.tokens), tuple(e.targets)) for e in examples)
-    assert batch.target_count == sum(lengths)
+    assert batch.counts["tokens"] == sum(lengths)
 
 
 def test_examples_that_do_not_fit_are_refused():
@@ -59,12 +60,18 @@ def test_examples_that_do_not_fit_are_refused():
             pack([Example(np.zeros(lengths[0], int), np.zeros(lengths[0], int))], 32, 0)
 
 
+def mean_loss(model, batches):
+    """Mean loss of the next token, and how many there were."""
+    found = measure(model, causal_loss, batches)
+    return found.loss, found.targets["tokens"]
+
+
 def test_packed_documents_do_not_see_each_other():
     """The loss of a packed batch is the target-weighted mean over documents computed one by one."""
     examples = documents([5, 9, 17, 30, 3, 22, 11])
     decoder = model()
-    packed, targets = mean_loss(decoder, causal_loss, [pack(examples, 32, 0)])
-    alone = [mean_loss(decoder, causal_loss, [pack([example], 32, 0)]) for example in examples]
+    packed, targets = mean_loss(decoder, [pack(examples, 32, 0)])
+    alone = [mean_loss(decoder, [pack([example], 32, 0)]) for example in examples]
     expected = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
     assert targets == 97
     assert packed == pytest.approx(expected, abs=2e-6)
@@ -74,7 +81,7 @@ def test_a_leak_would_be_noticed():
     batch = pack(documents([5, 9, 17]), 32, 0)
     leaky = Batch(batch.tokens, batch.targets, batch.positions, np.zeros_like(batch.document))
     decoder = model()
-    honest, leaking = (mean_loss(decoder, causal_loss, [one])[0] for one in (batch, leaky))
+    honest, leaking = (mean_loss(decoder, [one])[0] for one in (batch, leaky))
     assert abs(honest - leaking) > 1e-3
 
 
@@ -161,10 +168,10 @@ def test_training_lowers_the_loss(tmp_path):
     first = documents([20, 31, 7], 1)
     decoder = Decoder(SHAPE)
     decoder.initialise(0)
-    before, _ = mean_loss(decoder, causal_loss, [pack(first, 32, 0)])
+    before, _ = mean_loss(decoder, [pack(first, 32, 0)])
     loader = Loader(lambda epoch: first, rows=4, length=32, pad_id=0, seed=0)
     train(decoder, causal_loss, loader, config(steps=60), tmp_path)
-    after, _ = mean_loss(decoder, causal_loss, [pack(first, 32, 0)])
+    after, _ = mean_loss(decoder, [pack(first, 32, 0)])
     assert before == pytest.approx(np.log(97), abs=0.2)
     assert after < 1.0
 
@@ -183,8 +190,8 @@ def test_no_targets_and_endless_nans_are_errors(tmp_path):
     loader = Loader(lambda epoch: documents([5]), rows=1, length=32, pad_id=0, seed=0)
 
     def broken(decoder, batch):
-        loss, count = causal_loss(decoder, batch)
-        return loss * float("nan"), count
+        losses = causal_loss(decoder, batch)
+        return Losses({"tokens": losses.sums["tokens"] * float("nan")})
 
     with pytest.raises(TrainingError, match="10 steps in a row"):
         train(model(), broken, loader, config(), tmp_path / "nan")

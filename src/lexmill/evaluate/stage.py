@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lexmill.data.documents import Document, read_documents
 from lexmill.errors import DataError
 from lexmill.finetune.chat import chat_example, fit
 from lexmill.inference.language_model import LanguageModel
 from lexmill.progress import SILENT, Progress
-from lexmill.train.batches import IGNORED, Batch, Example, fixed_batches, next_token_example
+from lexmill.train.batches import Example, fixed_batches, next_token_example
+from lexmill.train.causal import causal_loss
+from lexmill.train.objective import measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,22 +123,11 @@ def _measure(
 ) -> tuple[float, float, int]:
     """Mean loss, share of targets whose most probable token is right, number of targets."""
     pad = model.tokenizer.ids.pad or 0
-    loss, right, targets = 0.0, 0, 0
-    for batch in fixed_batches(examples, rows=config.rows, length=model.config.context, pad_id=pad):
-        part_loss, part_right = _batch_scores(model, batch)
-        loss, right, targets = loss + part_loss, right + part_right, targets + batch.target_count
-    if not targets:
+    batches = fixed_batches(examples, rows=config.rows, length=model.config.context, pad_id=pad)
+    if not batches:
         raise DataError("There are no targets to measure on.")
-    return loss / targets, right / targets, targets
-
-
-def _batch_scores(model: LanguageModel, batch: Batch) -> tuple[float, int]:
-    tokens, targets, positions, mask = batch.tensors()
-    with torch.inference_mode():
-        logits = model.decoder(tokens, positions, mask).flatten(0, 1)
-        flat = targets.flatten()
-        loss = torch.nn.functional.cross_entropy(logits, flat, ignore_index=IGNORED, reduction="sum")
-        return float(loss), int((logits.argmax(-1) == flat).sum())
+    found = measure(model.network, causal_loss, batches)
+    return found.loss, found.accuracies["tokens"], found.targets["tokens"]
 
 
 def _first_exchange(document: Document) -> tuple[list[dict[str, str]], str] | None:

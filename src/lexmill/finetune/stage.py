@@ -10,17 +10,18 @@ import numpy as np
 from torch import nn
 
 from lexmill.data.documents import read_documents
-from lexmill.errors import ConfigError, DataError
+from lexmill.errors import ConfigError, DataError, ModelError
 from lexmill.files import write_json
 from lexmill.finetune.chat import chat_example, fit
-from lexmill.model.decoder import Decoder
+from lexmill.model.build import build_model
 from lexmill.model.directory import ModelDirectory, write_model_directory
 from lexmill.progress import SILENT, Progress
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.train.batches import Example, Loader, fixed_batches, next_token_example
 from lexmill.train.causal import causal_loss
-from lexmill.train.loop import Hooks, TrainConfig, TrainResult, mean_loss, train
+from lexmill.train.loop import Hooks, TrainConfig, TrainResult, train
 from lexmill.train.metrics import write_samples
+from lexmill.train.objective import measure
 
 # (model, tokenizer, question) -> the reply
 Replier = Callable[[nn.Module, Tokenizer, str], str]
@@ -130,6 +131,10 @@ def finetune(
     Raises:
         DataError: no conversations.
     """
+    if base.config.shape != "decoder":
+        raise ModelError(
+            f"{base.path}: fine-tuning for chat needs a decoder; this model has the shape '{base.config.shape}'."
+        )
     tokenizer = base.tokenizer
     length = config.row_length or base.config.context
     pad = tokenizer.ids.pad if tokenizer.ids.pad is not None else 0
@@ -149,12 +154,12 @@ def finetune(
         share = config.text_share
         return chats + (replay.draw(round(tokens * share / (1 - share)), random) if replay else [])
 
-    model = Decoder(base.config)
+    model = build_model(base.config)
     model.load_weights(base.weights())
     progress.say(f"  {len(conversations):,} conversations")
 
     def validate(model: nn.Module) -> dict[str, float]:
-        return {"validation_loss": round(mean_loss(model, causal_loss, held_out)[0], 5)}
+        return measure(model, causal_loss, held_out).figures("validation")
 
     def show_replies(model: nn.Module, step: int) -> None:
         if reply is None:

@@ -2,45 +2,205 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lexmill.errors import DataError, FileError, ModelError
+from lexmill.config import suggest
+from lexmill.errors import ConfigError, DataError, FileError, ModelError
+from lexmill.inference.beams import Hypothesis, beam_search
 from lexmill.inference.generation import GenerationConfig, Step, generate
-from lexmill.inference.sampling import SamplingConfig
+from lexmill.inference.sampling import SamplingConfig, log_softmax
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
 from lexmill.tokenizer.tokenizer import Tokenizer
 
 
+@dataclass(frozen=True)
+class Filling:
+    """What may stand in a gap: the token, its text, its probability, and the whole text with it."""
+
+    token: int
+    text: str
+    probability: float
+    sentence: str
+
+
 class LanguageModel:
-    """A decoder with its tokenizer.
+    """A Transformer of any shape with its tokenizer.
 
     Attributes:
-        tokenizer: `encode(text) -> list[int]`, `decode(ids) -> str`.
-        config: the model's shape.
+        network: the Transformer itself.
+        config: its shape.
         path: the model directory, None for a model that is still in training.
     """
 
-    def __init__(self, decoder: Any, tokenizer: Tokenizer, path: Path | None = None) -> None:
-        self.decoder = decoder
-        self.tokenizer = tokenizer
-        self.config: ModelConfig = decoder.config
+    def __init__(self, network: Any, tokenizer: Tokenizer | None, path: Path | None = None) -> None:
+        self.network = network
+        self._tokenizer = tokenizer
+        self.config: ModelConfig = network.config
         self.path = path
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Logits for what follows each position: (len(ids), vocab_size), float32.
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """`encode(text) -> list[int]`, `decode(ids) -> str`.
+
+        Raises:
+            FileError: the model directory has none.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.load(self.path or Path("."))
+        return self._tokenizer
+
+    def logits(self, ids: Sequence[int], decoder_ids: Sequence[int] | None = None) -> np.ndarray:
+        """Logits at each position, float32: (len(ids), vocab_size).
+
+        Of a decoder for what follows; of an encoder those of its masked-language-modelling head; of
+        an encoder–decoder, (len(decoder_ids), vocab_size), for what follows each of `decoder_ids`.
 
         Raises:
             DataError: no ids, or one outside the vocabulary.
-            ModelError: more ids than the context holds.
+            ModelError: more ids than the context holds, or a model without such a head.
         """
         from lexmill.inference.torch_backend import all_logits
 
-        return all_logits(self.decoder, self._checked(ids))
+        if (decoder_ids is not None) != (self.config.shape == "encoder_decoder"):
+            raise ModelError(
+                "An encoder–decoder needs 'decoder_ids', what it has written so far."
+                if decoder_ids is None
+                else f"'decoder_ids' fit an encoder–decoder only; this model is {self._kind}."
+            )
+        if self.config.shape == "encoder" and not self.config.mlm:
+            raise ModelError(
+                "This encoder has no masked-language-modelling head, so it gives no logits.",
+                "'embed' and 'attention' work on it.",
+            )
+        checked = None if decoder_ids is None else self._checked(decoder_ids)
+        return all_logits(self.network, self._checked(ids), checked)
+
+    def fill_mask(self, text: str, top: int = 5) -> list[Filling]:
+        """The likeliest tokens for the one mask in `text`, best first (encoders with the MLM head).
+
+        Raises:
+            ModelError: a model of another shape, or a tokenizer without a mask token.
+            DataError: no mask in the text, or several.
+        """
+        self._require("encoder", "fill-mask")
+        mask = self.tokenizer.require_mask()
+        mask_text = self.tokenizer.token_text(mask)
+        ids = self.tokenizer.encode(text)
+        places = [place for place, token in enumerate(ids) if token == mask]
+        if len(places) != 1:
+            raise DataError(
+                f"The text has {len(places)} masks, but exactly one is filled at a time.",
+                f"Put {mask_text} where the word is missing, once.",
+            )
+        row = log_softmax(self.logits(ids)[places[0]])
+        best = np.argsort(-row, kind="stable")[: max(top, 1)]
+        found = []
+        for token in (int(index) for index in best):
+            known = token < self.tokenizer.vocab_size
+            word = self.tokenizer.decode([token]).strip() if known else ""
+            shown = word.removeprefix("##")
+            found.append(Filling(token, word, float(np.exp(row[token])), text.replace(mask_text, shown, 1)))
+        return found
+
+    def fill_spans(self, text: str, beams: int = 8, top: int = 5, max_tokens: int = 48) -> list[Filling]:
+        """The likeliest texts for the gaps in `text`, marked by sentinels, best first (encoder–decoders).
+
+        Gaps are marked by the sentinels in order: `<extra_id_0>`, then `<extra_id_1>` and so on. The
+        probability is that of the whole answer as the beam search found it.
+
+        Raises:
+            ModelError: a model of another shape, or a tokenizer without sentinels.
+            DataError: no gap in the text.
+        """
+        self._require("encoder_decoder", "filling gaps of several words")
+        sentinels = self.tokenizer.require_sentinels()
+        ids = self.tokenizer.encode(text)
+        gaps = [token for token in ids if token in sentinels]
+        if not gaps:
+            raise DataError(
+                "The text has no gap to fill.",
+                f"Put {self.tokenizer.token_text(sentinels[0])} where the words are missing.",
+            )
+        found = []
+        for one in self.beam_ids(ids, beams=max(beams, top), max_tokens=max_tokens):
+            pieces: dict[int, list[int]] = {}
+            current: int | None = None
+            for token in one.ids:
+                if token in sentinels:
+                    current = token
+                elif current is not None:
+                    pieces.setdefault(current, []).append(token)
+            filled, shown = text, []
+            for gap in gaps:
+                words = self.tokenizer.decode(pieces.get(gap, []), skip_special=True).strip()
+                filled = filled.replace(self.tokenizer.token_text(gap), words, 1)
+                shown.append(words)
+            found.append(Filling(gaps[0], " … ".join(shown), float(np.exp(one.logprob)), filled))
+        return found[:top]
+
+    def next_sentence(self, first: str, second: str) -> float:
+        """The probability that `second` follows `first` (encoders with a next-sentence head).
+
+        Raises:
+            ModelError: a model without such a head.
+            DataError: one of the texts is empty.
+        """
+        from lexmill.inference.torch_backend import pair_logits
+
+        if not self.config.nsp:
+            raise ModelError(
+                f"This model has no next-sentence head; it is {self._kind}.",
+                "An encoder that was pretrained with next_sentence = true has one.",
+            )
+        for name, text in (("first", first), ("second", second)):
+            if not text.strip():
+                raise DataError(f"The {name} sentence is empty.")
+        ids, segments = self.tokenizer.encode_pair(first, second)
+        return float(np.exp(log_softmax(pair_logits(self.network, self._checked(ids), segments)))[0])
+
+    def embed(
+        self, texts: str | Sequence[str], *, pooling: str = "mean", normalise: bool = False, rows: int = 16
+    ) -> np.ndarray:
+        """A vector for each text: (len(texts), width), float32; for a single text (width,).
+
+        Args:
+            pooling: "mean" of the last hidden states, "cls" (the first), "last", or "max" of each coordinate.
+            normalise: make every vector one long, so that products are cosines.
+            rows: texts computed at once.
+
+        Raises:
+            DataError: an empty text.
+        """
+        if pooling not in POOLING:
+            raise ConfigError(f"There is no pooling '{pooling}'.", suggest(pooling, POOLING))
+        from lexmill.inference.torch_backend import hidden_rows
+
+        single = isinstance(texts, str)
+        batch: list[str] = [texts] if isinstance(texts, str) else list(texts)
+        encoded = [
+            self._checked(ids, f"Text {number}") for number, ids in enumerate(self._encode_all(batch), 1)
+        ]
+        vectors = np.zeros((len(batch), self.config.width), np.float32)
+        order = sorted(range(len(batch)), key=lambda index: len(encoded[index]))  # like lengths together
+        for start in range(0, len(order), rows):
+            members = order[start : start + rows]
+            for index, hidden in zip(members, hidden_rows(self.network, [encoded[i] for i in members])):
+                vectors[index] = POOLING[pooling](hidden)
+        if normalise:
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+        return vectors[0] if single else vectors
+
+    def hidden_states(self, text: str) -> np.ndarray:
+        """The residual stream before the first layer and behind each: (layers + 1, tokens, width), float32."""
+        from lexmill.inference.torch_backend import look_inside
+
+        return look_inside(self.network, self._checked(self.tokenizer.encode(text)))["hidden"]
 
     def render_chat(self, messages: Any, *, add_generation_prompt: bool = True) -> str:
         """The prompt text of a conversation, by the model's chat template."""
@@ -51,6 +211,12 @@ class LanguageModel:
         from lexmill.inference.torch_backend import TorchSession
 
         config = config or GenerationConfig()
+        if self.config.shape == "encoder":
+            self._require("decoder", "generation")
+        if self.config.shape == "encoder_decoder":
+            session = TorchSession(self.network, self._checked(ids))
+            yield from generate(session, self.tokenizer, [self.config.decoder_start], config)
+            return
         if not len(ids):
             if self.tokenizer.ids.bos is None:
                 raise DataError("The prompt is empty, and this model has no token that begins a text.")
@@ -60,7 +226,7 @@ class LanguageModel:
                 f"The prompt has {len(ids):,} tokens, but the model's context is {self.config.context:,}.",
                 "Shorten the prompt.",
             )
-        yield from generate(TorchSession(self.decoder), self.tokenizer, self._checked(ids), config)
+        yield from generate(TorchSession(self.network), self.tokenizer, self._checked(ids), config)
 
     def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[Step]:
         """Generate behind a text, a step at a time."""
@@ -71,9 +237,31 @@ class LanguageModel:
 
         Args:
             options: `max_tokens`, `stop` (texts), `temperature`, `top_k`, `top_p`, `min_p`,
-                `repetition_penalty`, `seed`; see `GenerationConfig` and `SamplingConfig`.
+                `repetition_penalty`, `seed`; see `GenerationConfig` and `SamplingConfig`. Or `beams`,
+                with `max_tokens` and `length_penalty`; see `beam_ids`.
         """
+        if "beams" in options:
+            best = self.beam_ids(self.tokenizer.encode(prompt), **options)[0]
+            return self.tokenizer.decode(best.ids, skip_special=True)
         return "".join(step.text for step in self.stream(prompt, generation_config(**options)))
+
+    def beam_ids(
+        self, ids: Sequence[int], *, beams: int = 4, max_tokens: int = 256, length_penalty: float = 1.0
+    ) -> list[Hypothesis]:
+        """The best continuations that beam search finds, best first; see `beam_search`."""
+        from lexmill.inference.torch_backend import TorchSession
+
+        if self.config.shape == "encoder":
+            self._require("decoder", "generation")
+        ids, two = self._checked(ids), self.config.shape == "encoder_decoder"
+        return beam_search(
+            TorchSession(self.network, ids if two else ()),
+            [self.config.decoder_start] if two else ids,
+            self.tokenizer.ids.stop,
+            beams=beams,
+            max_tokens=max_tokens,
+            length_penalty=length_penalty,
+        )
 
     def generate_ids(self, ids: Sequence[int], **options: Any) -> list[int]:
         """The ids that follow `ids`, greedy unless asked otherwise; the id that ends the text is left out."""
@@ -88,18 +276,49 @@ class LanguageModel:
         """The assistant's reply, a step at a time."""
         return self.stream(self.render_chat(messages), config)
 
-    def _checked(self, ids: Iterable[int]) -> list[int]:
+    @property
+    def _kind(self) -> str:
+        return {"decoder": "a decoder", "encoder": "an encoder", "encoder_decoder": "an encoder–decoder"}[
+            self.config.shape
+        ]
+
+    def _require(self, shape: str, what: str) -> None:
+        if self.config.shape != shape:
+            fits = {
+                "decoder": "a decoder or an encoder–decoder",
+                "encoder": "an encoder",
+                "encoder_decoder": "an encoder–decoder",
+            }
+            raise ModelError(f"This model is {self._kind}; {what} needs {fits[shape]}.")
+
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        for number, text in enumerate(texts, 1):
+            if not text.strip():
+                raise DataError(f"Text {number} is empty.")
+        return self.tokenizer.encode_batch(texts)
+
+    def _checked(self, ids: Iterable[int], what: str = "The text") -> list[int]:
         ids = [int(token) for token in ids]
         if not ids:
             raise DataError("There are no token ids.")
-        if len(ids) > self.config.context:
+        if len(ids) > self.config.context and self.config.positions != "relative":
             raise ModelError(
-                f"{len(ids):,} tokens do not fit in the model's context of {self.config.context:,}."
+                f"{what} has {len(ids):,} tokens, which do not fit in the model's context of "
+                f"{self.config.context:,}.",
+                "Shorten it, or split it into parts.",
             )
         for token in ids:
             if not 0 <= token < self.config.vocab_size:
                 raise DataError(f"Token id {token} is outside the vocabulary of {self.config.vocab_size:,}.")
         return ids
+
+
+POOLING: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mean": lambda hidden: hidden.mean(0),
+    "cls": lambda hidden: hidden[0],
+    "last": lambda hidden: hidden[-1],
+    "max": lambda hidden: hidden.max(0),
+}
 
 
 def generation_config(
@@ -155,7 +374,8 @@ def load(path: Path | str) -> LanguageModel:
     Raises:
         FileError, FormatError, ModelError: the directory is incomplete, damaged or not supported.
     """
-    from lexmill.inference.torch_backend import load_decoder
+    from lexmill.inference.torch_backend import load_model
 
     directory = ModelDirectory.open(find_model(path))
-    return LanguageModel(load_decoder(directory), directory.tokenizer, directory.path)
+    tokenizer = directory.tokenizer if directory.has_tokenizer else None
+    return LanguageModel(load_model(directory), tokenizer, directory.path)

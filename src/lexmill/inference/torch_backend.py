@@ -1,40 +1,132 @@
-"""The torch backend: a decoder with its cache, behind the face that generation wants."""
+"""The torch backend: models of the three shapes behind faces of plain lists and NumPy arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from lexmill.model.build import build_model
 from lexmill.model.cache import Cache
-from lexmill.model.decoder import Decoder
 from lexmill.model.directory import ModelDirectory
+from lexmill.model.scope import Record
+from lexmill.model.transformer import Transformer
+
+_UNLIMITED = 1 << 30  # tokens; relative positions know no end
 
 
-def load_decoder(directory: ModelDirectory) -> Decoder:
+def load_model(directory: ModelDirectory) -> Transformer:
     """The model of a directory, in memory, float32, ready to run."""
-    decoder = Decoder(directory.config)
-    decoder.load_weights(directory.weights())
-    return decoder.eval()
+    model = build_model(directory.config)
+    model.load_weights(directory.weights())
+    return model.eval()
 
 
 class TorchSession:
-    """One text being read and continued (`lexmill.inference.generation.Session`)."""
+    """One text being read and continued (`lexmill.inference.generation.Session`), or several side by side.
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self._cache = Cache(decoder.config)
-        self.context = decoder.config.context
+    Args:
+        model: a decoder, or an encoder–decoder.
+        source: what an encoder–decoder reads first; it then writes from its start token on.
+    """
+
+    def __init__(self, model: Any, source: Sequence[int] = ()) -> None:
+        self._model = model
+        self._cache = Cache(model.config)
+        self._memory: Tensor | None = None
+        relative = model.config.positions == "relative"
+        self.context = _UNLIMITED if relative else model.config.context
+        if model.config.shape == "encoder_decoder":
+            with torch.inference_mode():
+                self._memory = model.encode(torch.tensor([list(source)]))
 
     def read(self, ids: Sequence[int]) -> np.ndarray:
         """Read on; returns float32 logits (vocab_size,) for what follows."""
+        return self.read_rows([list(ids)])[0]
+
+    def read_rows(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Each text reads on, all by as many tokens: float32 logits (rows, vocab_size)."""
+        tokens = torch.tensor(rows)
         with torch.inference_mode():
-            hidden = self._decoder.hidden(torch.tensor([list(ids)]), cache=self._cache)[:, -1]
-            return torch.nn.functional.linear(hidden, self._decoder.head_weight)[0].float().numpy()
+            if self._memory is None:
+                hidden = self._model.hidden(tokens, cache=self._cache)
+            else:
+                hidden = self._model.decode(tokens, self._memory, cache=self._cache)
+            return F.linear(hidden[:, -1], self._model.head_weight).float().numpy()
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Text i becomes what text `rows[i]` was; there may be more or fewer than before."""
+        index = torch.tensor(rows)
+        self._cache.reorder(index)
+        if self._memory is not None:
+            self._memory = self._memory[index]
 
 
-def all_logits(decoder: Decoder, ids: Sequence[int]) -> np.ndarray:
-    """Logits at every position of one text: (len(ids), vocab_size), float32."""
+def all_logits(model: Any, ids: Sequence[int], decoder_ids: Sequence[int] | None = None) -> np.ndarray:
+    """Logits at every position of one text, float32: (len(ids), vocab_size).
+
+    Of an encoder they are those of its masked-language-modelling head; of an encoder–decoder they
+    belong to `decoder_ids`.
+    """
     with torch.inference_mode():
-        return decoder(torch.tensor([list(ids)]))[0].float().numpy()
+        tokens = torch.tensor([list(ids)])
+        if decoder_ids is None:
+            return model(tokens)[0].float().numpy()
+        return model(tokens, torch.tensor([list(decoder_ids)]))[0].float().numpy()
+
+
+def pair_logits(model: Any, ids: Sequence[int], segments: Sequence[int]) -> np.ndarray:
+    """The next-sentence head on a pair of texts: [follows, does not follow], float32."""
+    with torch.inference_mode():
+        hidden = model.hidden(torch.tensor([list(ids)]), segments=torch.tensor([list(segments)]))
+        return model.pair_logits(hidden[:, 0])[0].float().numpy()
+
+
+def hidden_rows(model: Any, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """The last hidden states of several texts at once, each (len(row), width), float32."""
+    longest = max(len(row) for row in rows)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+    real = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(row)
+        real[index, : len(row)] = True
+    mask = None if bool(real.all()) else real[:, None, None]
+    with torch.inference_mode():
+        if model.config.shape == "decoder":
+            hidden = model.hidden(tokens)  # what fills a row stands behind it, where nothing looks
+        elif model.config.shape == "encoder":
+            hidden = model.hidden(tokens, mask=mask)
+        else:
+            hidden = model.encode(tokens, mask)
+    return [hidden[index, : len(row)].float().numpy() for index, row in enumerate(rows)]
+
+
+def look_inside(
+    model: Any, ids: Sequence[int], decoder_ids: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
+    """Hidden states and attention weights of every layer, as arrays.
+
+    Returns:
+        "hidden" (layers + 1, n, width) and "attention" (layers, heads, n, n); for an
+        encoder–decoder with `decoder_ids` also "decoder_attention" (layers, heads, m, m) and
+        "cross" (layers, heads, m, n).
+    """
+    tokens, first, second = torch.tensor([list(ids)]), Record(), Record()
+    with torch.inference_mode():
+        if model.config.shape == "encoder_decoder":
+            memory = model.encode(tokens, record=first)
+            if decoder_ids is not None:
+                model.decode(torch.tensor([list(decoder_ids)]), memory, record=second)
+        else:
+            model.hidden(tokens, record=first)
+    parts = {
+        "hidden": first.hidden,
+        "attention": first.attention,
+        "decoder_attention": second.attention,
+        "cross": second.cross,
+    }
+    return {name: torch.cat(found).float().numpy() for name, found in parts.items() if found}

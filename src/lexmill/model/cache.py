@@ -10,28 +10,40 @@ from lexmill.model.config import ModelConfig
 
 
 class LayerCache:
-    """Keys and values of one layer, each (rows, kv_heads, room, head_width); grows by doubling."""
+    """Keys and values of one layer, each (rows, kv_heads, room, head_width); grows by doubling.
+
+    `memory` holds the keys and values that cross-attention made of what the encoder read.
+    """
 
     def __init__(self, config: ModelConfig, rows: int, dtype: torch.dtype) -> None:
-        self._shape = (rows, config.kv_heads, 0, config.head_width)
-        self.keys = torch.zeros(self._shape, dtype=dtype)
-        self.values = torch.zeros(self._shape, dtype=dtype)
+        shape = (rows, config.kv_heads, 0, config.head_width)
+        self.keys = torch.zeros(shape, dtype=dtype)
+        self.values = torch.zeros(shape, dtype=dtype)
+        self.length = 0
+        self.memory: tuple[Tensor, Tensor] | None = None
 
-    def append(self, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Add (rows, kv_heads, new, head_width) behind `length` tokens; returns all, as views."""
-        end = length + keys.shape[2]
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (rows, kv_heads, new, head_width); returns all so far, as views."""
+        end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
             room = max(64, end, 2 * self.keys.shape[2])
-            self.keys, self.values = (self._grown(old, room, length) for old in (self.keys, self.values))
-        self.keys[:, :, length:end] = keys
-        self.values[:, :, length:end] = values
+            self.keys, self.values = (self._grown(old, room) for old in (self.keys, self.values))
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def _grown(self, old: Tensor, room: int, length: int) -> Tensor:
-        rows, heads, _, width = self._shape
+    def _grown(self, old: Tensor, room: int) -> Tensor:
+        rows, heads, _, width = old.shape
         new = torch.zeros((rows, heads, room, width), dtype=old.dtype)
-        new[:, :, :length] = old[:, :, :length]
+        new[:, :, : self.length] = old[:, :, : self.length]
         return new
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes what row `rows[i]` was."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        if self.memory is not None:
+            self.memory = self.memory[0][rows], self.memory[1][rows]
 
 
 class Cache:
@@ -51,7 +63,14 @@ class Cache:
         self.config = config
         self.length = 0
         self.padding = padding if padding is not None and bool(padding.any()) else None
-        self.layers = [LayerCache(config, rows, dtype) for _ in range(config.layers)]
+        layers = config.decoder_layers or config.layers
+        self.layers = [LayerCache(config, rows, dtype) for _ in range(layers)]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes what row `rows[i]` was: beams that go on from the same text."""
+        for layer in self.layers:
+            layer.reorder(rows)
+        self.padding = None if self.padding is None else self.padding[rows]
 
     def positions(self, new: int) -> Tensor:
         """Positions of the next `new` tokens: (rows or 1, new). Padding counts as position 0.

@@ -1,18 +1,79 @@
-"""What a Transformer looks like, and the same facts as Hugging Face's `config.json`. Free of torch."""
+"""What a Transformer looks like: three shapes, and the flags that make each family. Free of torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from lexmill.errors import ConfigError, ModelError
+from lexmill.errors import ConfigError
+
+Shape = Literal["decoder", "encoder", "encoder_decoder"]
+
+# The flags that make a family. What is not named here has its default in `ModelConfig`.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"shape": "decoder"},
+    "qwen2": {"shape": "decoder", "qkv_bias": True},
+    "qwen3": {"shape": "decoder", "qk_norm": True},
+    "bert": {
+        "shape": "encoder",
+        "positions": "learned",
+        "norm": "layer",
+        "norm_bias": True,
+        "post_norm": True,
+        "embed_norm": True,
+        "gated": False,
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+    },
+    "modernbert": {"shape": "encoder", "norm": "layer", "embed_norm": True},
+    "t5": {"shape": "encoder_decoder", "positions": "relative", "scale_scores": False},
+}
+# Flags that a family leaves open, and what a new model of it gets.
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "bert": {"activation": "gelu", "segments": 2, "norm_eps": 1e-12},
+    "modernbert": {
+        "activation": "gelu",
+        "local_window": 128,
+        "global_every": 3,
+        "rope_theta": 160000.0,
+    },
+    "t5": {"activation": "gelu_tanh", "norm_eps": 1e-6},
+}
+# Flags by which families differ; a model's must be those of one family.
+_MARKS = (
+    "shape",
+    "positions",
+    "norm",
+    "post_norm",
+    "embed_norm",
+    "qkv_bias",
+    "qk_norm",
+    "scale_scores",
+)
+# Flags that only some families can leave at something else than their default.
+_ONLY_IN = {
+    "gated": ("t5", "bert"),
+    "norm_bias": ("bert", "modernbert"),
+    "out_bias": ("bert", "modernbert"),
+    "mlp_bias": ("bert", "modernbert"),
+    "local_window": ("modernbert",),
+    "segments": ("bert",),
+    "scale_output": ("t5",),
+    "mlm": ("bert", "modernbert"),
+    "nsp": ("bert",),
+    "pooler": ("bert",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a decoder: Llama by default, Qwen2 with `qkv_bias`, Qwen3 with `qk_norm`.
+    """The shape of a Transformer and its flags. Llama's decoder where nothing else is said.
 
     Grouped-query attention when `kv_heads < heads`; the output projection shares the embedding
     when `tied`.
@@ -20,147 +81,128 @@ class ModelConfig:
 
     vocab_size: int
     width: int  # of the residual stream ("hidden_size")
-    layers: int
+    layers: int  # of the decoder or encoder; of the encoder where there are both
     heads: int
     kv_heads: int
     head_width: int
-    mlp_width: int  # inside the gated MLP ("intermediate_size")
-    context: int  # tokens that positions are made for
+    mlp_width: int  # inside the MLP ("intermediate_size")
+    context: int  # tokens that positions are made for; of each side where there are two
+    shape: Shape = "decoder"
+    decoder_layers: int = 0  # of an encoder–decoder
+    positions: Literal["rotary", "learned", "relative"] = "rotary"
     rope_theta: float = 10000.0
+    local_window: int = 0  # local layers see half of it to each side; 0: every layer sees all
+    local_theta: float = 10000.0  # rotary base of local layers
+    global_every: int = 3  # with a local window: each n-th layer, from the first, sees all
+    relative_buckets: int = 32
+    relative_distance: int = 128  # tokens; everything farther away shares a bucket
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
     norm_eps: float = 1e-5
-    tied: bool = True
+    post_norm: bool = False  # norms behind each sum, not before each part
+    embed_norm: bool = False  # a norm on the embeddings; then the first layer needs none before attention
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated: bool = True
     qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
+    scale_scores: bool = True  # attention scores divided by sqrt(head_width)
+    segments: int = 0  # kinds of segment embeddings ("token types")
+    tied: bool = True
+    decoder_start: int = 0  # the id that an encoder–decoder begins to write with
+    scale_output: bool = False  # hidden states times 1/sqrt(width) before the output projection
+    mlm: bool = False  # a masked-language-modelling head
+    mlm_bias: bool = False  # a bias inside that head's dense layer
+    pooler: bool = False  # a dense layer on the first token
+    nsp: bool = False  # a next-sentence head on the pooler
+    dropout: float = 0.0  # in training, on what each part adds to the residual stream
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "width",
-            "layers",
-            "heads",
-            "kv_heads",
-            "head_width",
-            "mlp_width",
-            "context",
-        ):
+        whole = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "context")
+        for name in (*whole, "global_every", "relative_distance"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"'{name}' must be at least 1, but is {getattr(self, name)}.")
         if self.heads % self.kv_heads:
             raise ConfigError(f"'heads' ({self.heads}) must be a multiple of 'kv_heads' ({self.kv_heads}).")
-        if self.head_width % 2:
+        if self.positions == "rotary" and self.head_width % 2:
             raise ConfigError(f"'head_width' ({self.head_width}) must be even: rotary positions turn pairs.")
-        for name in ("rope_theta", "norm_eps"):
+        for name in ("rope_theta", "local_theta", "norm_eps"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ConfigError(f"'{name}' must be a positive number, but is {getattr(self, name)}.")
-        if self.qkv_bias and self.qk_norm:
-            raise ConfigError("'qkv_bias' and 'qk_norm' together make a shape that no runtime holds.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"'dropout' must lie in [0, 1), but is {self.dropout}.")
+        if self.positions == "relative" and (self.relative_buckets < 4 or self.relative_buckets % 4):
+            raise ConfigError(f"'relative_buckets' ({self.relative_buckets}) must be a multiple of 4.")
+        if (self.shape == "encoder_decoder") != (self.decoder_layers > 0):
+            raise ConfigError(
+                f"'decoder_layers' is {self.decoder_layers}, but the shape is '{self.shape}'.",
+                "An encoder–decoder needs at least 1; the other shapes have only 'layers'.",
+            )
+        if not 0 <= self.decoder_start < self.vocab_size:
+            raise ConfigError(f"'decoder_start' ({self.decoder_start}) is outside the vocabulary.")
+        if self.nsp and not self.pooler:
+            raise ConfigError("A next-sentence head ('nsp') stands on the pooler: set 'pooler' too.")
+        if self.shape != "decoder" and self.kv_heads != self.heads:
+            raise ConfigError(f"'kv_heads' below 'heads' fits decoders only, not the shape '{self.shape}'.")
+        self._check_family()
+
+    def _check_family(self) -> None:
+        family = self._find_family()
+        if family is None:
+            marks = ", ".join(f"{mark} = {getattr(self, mark)!r}" for mark in _MARKS)
+            raise ConfigError(
+                f"These flags together make a shape that no runtime holds: {marks}.",
+                f"Take those of one family: {', '.join(FAMILIES)}.",
+            )
+        for flag, families in _ONLY_IN.items():
+            default = type(self).__dataclass_fields__[flag].default
+            if getattr(self, flag) != default and family not in families:
+                raise ConfigError(f"'{flag}' does not fit {family}'s shape, only {' and '.join(families)}.")
+
+    def _find_family(self) -> str | None:
+        fields = type(self).__dataclass_fields__
+        for family, flags in FAMILIES.items():
+            if all(getattr(self, mark) == flags.get(mark, fields[mark].default) for mark in _MARKS):
+                return family
+        return None
 
     @property
     def family(self) -> str:
-        """The name of this shape in Hugging Face's `model_type` and GGUF's `general.architecture`."""
-        return "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "llama"
+        """The name of these flags in Hugging Face's `model_type` and GGUF's `general.architecture`."""
+        family = self._find_family()
+        assert family is not None  # checked when it was made
+        return family
+
+    def is_local(self, layer: int) -> bool:
+        """Whether this layer sees only a window."""
+        return self.local_window > 0 and layer % self.global_every != 0
 
     @property
     def parameters(self) -> int:
         """Number of weights, a tied embedding counted once."""
-        attention = self.width * self.head_width * (2 * self.heads + 2 * self.kv_heads)
-        attention += self.head_width * (self.heads + 2 * self.kv_heads) if self.qkv_bias else 0
-        attention += 2 * self.head_width if self.qk_norm else 0
-        block = attention + 3 * self.width * self.mlp_width + 2 * self.width
-        return self.layers * block + self.width + self.vocab_size * self.width * (1 if self.tied else 2)
+        from lexmill.model.names import weight_shapes
+
+        return sum(math.prod(shape) for shape in weight_shapes(self).values())
 
     def to_huggingface(self) -> dict[str, Any]:
         """The model's part of `config.json`, readable by transformers 4 and 5."""
-        architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-        values: dict[str, Any] = {
-            "architectures": [architecture[self.family]],
-            "model_type": self.family,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.width,
-            "intermediate_size": self.mlp_width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_width,
-            "hidden_act": "silu",
-            "max_position_embeddings": self.context,
-            "rms_norm_eps": self.norm_eps,
-            # transformers 4 reads the first form, 5 the second
-            "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "tie_word_embeddings": self.tied,
-            "attention_dropout": 0.0,
-        }
-        if self.family == "llama":
-            values |= {"attention_bias": False, "mlp_bias": False}
-        else:
-            values |= {"use_sliding_window": False}
-            if self.family == "qwen3":
-                values |= {"attention_bias": False}
-        return values
+        from lexmill.model.huggingface_config import write_config
+
+        return write_config(self)
 
     @classmethod
-    def from_huggingface(cls, values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-        """Read `config.json` of a Llama, Qwen2 or Qwen3 model.
+    def from_huggingface(
+        cls, values: Mapping[str, Any], where: str = "config.json", weights: Collection[str] = ()
+    ) -> ModelConfig:
+        """Read `config.json` of a model of a known family.
+
+        Args:
+            weights: names of the weights beside it; they tell which heads the model has.
 
         Raises:
             ModelError: another architecture, a missing value, or a feature that is not supported.
         """
+        from lexmill.model.huggingface_config import read_config
 
-        def get(key: str, kind: type, default: Any = None) -> Any:
-            value = values.get(key)
-            value = default if value is None else value
-            if value is None:
-                raise ModelError(
-                    f"{where}: the key '{key}' is missing.", "The file may be cut off; copy it again."
-                )
-            number = kind is float and isinstance(value, int) and not isinstance(value, bool)
-            if not (isinstance(value, kind) or number) or (kind is int and isinstance(value, bool)):
-                raise ModelError(f"{where}: '{key}' should be of type {kind.__name__}, but is {value!r}.")
-            return kind(value)
-
-        family = get("model_type", str)
-        if family not in ("llama", "qwen2", "qwen3"):
-            raise ModelError(
-                f"{where}: the model type '{family}' is not supported.",
-                "Supported are llama, qwen2 and qwen3.",
-            )
-        _refuse_unsupported(values, family, where)
-        heads, width = get("num_attention_heads", int), get("hidden_size", int)
-        rope = values.get("rope_parameters") or {}
-        try:
-            return cls(
-                vocab_size=get("vocab_size", int),
-                width=width,
-                layers=get("num_hidden_layers", int),
-                heads=heads,
-                kv_heads=get("num_key_value_heads", int, heads),
-                head_width=get("head_dim", int, width // max(heads, 1)),
-                mlp_width=get("intermediate_size", int),
-                context=get("max_position_embeddings", int, 2048),
-                rope_theta=float(rope.get("rope_theta", get("rope_theta", float, 10000.0))),
-                norm_eps=get("rms_norm_eps", float, 1e-6),
-                tied=get("tie_word_embeddings", bool, False),
-                qkv_bias=family == "qwen2",
-                qk_norm=family == "qwen3",
-            )
-        except ConfigError as error:
-            raise ModelError(f"{where}: {error.message}", error.hint) from error
-
-
-def _refuse_unsupported(values: Mapping[str, Any], family: str, where: str) -> None:
-    """A feature that would be ignored in silence is an error instead: the answers would differ."""
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise ModelError(f"{where}: 'rope_parameters' should be a table.")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    problems = {
-        f"rotary scaling of type '{rope_type}'": rope_type != "default",
-        f"the activation '{values.get('hidden_act')}'": values.get("hidden_act", "silu") != "silu",
-        "biases in attention": bool(values.get("attention_bias")) and family != "qwen2",
-        "biases in the MLP": bool(values.get("mlp_bias")),
-        "sliding-window attention": bool(values.get("use_sliding_window")),
-    }
-    for problem, present in problems.items():
-        if present:
-            raise ModelError(f"{where}: {problem} is not supported yet.")
+        return read_config(values, where, weights)

@@ -12,10 +12,19 @@ from lexmill.errors import FileError, ModelError
 from lexmill.files import atomic_directory, read_json, require_file, require_space, write_json
 from lexmill.formats.safetensors import Weights, open_weights, write_safetensors
 from lexmill.model.config import ModelConfig
-from lexmill.model.names import weight_names, weight_shapes
+from lexmill.model.names import WeightName, find_name, weight_names, weight_shapes
 from lexmill.tokenizer.tokenizer import Tokenizer
 
 LINEAGE_FILE = "lexmill.json"
+# A folder with any of these means to have a tokenizer; one without them still takes ids.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "tokenizer.model",
+)
 _COMPLETE = "Is the folder a complete model directory? Make or copy it again."
 
 
@@ -30,19 +39,44 @@ class ModelDirectory:
     """
 
     def __init__(
-        self, path: Path, config: ModelConfig, tokenizer: Tokenizer, lineage: dict[str, Any], weights: Weights
+        self,
+        path: Path,
+        config: ModelConfig,
+        tokenizer: Tokenizer | None,
+        lineage: dict[str, Any],
+        weights: Weights,
     ) -> None:
-        self.path, self.config, self.tokenizer, self.lineage = path, config, tokenizer, lineage
-        self._weights = weights
-        self._names = {name.own: name.huggingface for name in weight_names(config)}
+        self.path, self.config, self.lineage = path, config, lineage
+        self._tokenizer, self._weights = tokenizer, weights
+        self._names = {name.own: name for name in weight_names(config)}
+        self._stored = _stored_names(path, config, weights)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is one: a model without it still takes ids."""
+        return self._tokenizer is not None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer.
+
+        Raises:
+            FileError: the directory has none.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.load(self.path)
+        return self._tokenizer
 
     def weight(self, own_name: str) -> np.ndarray:
         """One weight as float32, by lexmill's name for it."""
-        return self._weights.float32(self._names[own_name])
+        whole = self._weights.float32(self._stored[own_name])
+        index, of = self._names[own_name].part
+        size = len(whole) // of
+        return whole[index * size : (index + 1) * size]
 
     def weight_dtype(self, own_name: str) -> str:
         """How it is stored: "F32", "BF16" or "F16"."""
-        return self._weights.dtype(self._names[own_name])
+        return self._weights.dtype(self._stored[own_name])
 
     def weights(self) -> dict[str, np.ndarray]:
         """Every weight as float32, by lexmill's names."""
@@ -64,25 +98,55 @@ class ModelDirectory:
         values = read_json(config_path, "model configuration")
         if not isinstance(values, dict):
             raise ModelError(f"{config_path} should hold a JSON object.", _COMPLETE)
-        config = ModelConfig.from_huggingface(values, str(config_path))
-        tokenizer = Tokenizer.load(path)
-        if tokenizer.vocab_size > config.vocab_size:
+        weights = open_weights(path)
+        config = ModelConfig.from_huggingface(values, str(config_path), _telling_names(weights))
+        tokenizer = Tokenizer.load(path) if has_tokenizer(path) else None
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise ModelError(
                 f"{path}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model only {config.vocab_size:,}.",
                 "tokenizer.json and config.json come from different models.",
             )
-        weights = open_weights(path)
-        for name, shape in zip(weight_names(config), weight_shapes(config).values()):
-            if name.huggingface not in weights:
-                raise ModelError(f"{path}: the weight '{name.huggingface}' is missing.", _COMPLETE)
-            if weights.shape(name.huggingface) != shape:
-                raise ModelError(
-                    f"{path}: the weight '{name.huggingface}' has the shape {weights.shape(name.huggingface)}, "
-                    f"but config.json asks for {shape}.",
-                    "config.json and model.safetensors come from different models.",
-                )
         lineage = read_json(path / LINEAGE_FILE, "lineage") if (path / LINEAGE_FILE).is_file() else {}
         return cls(path, config, tokenizer, lineage if isinstance(lineage, dict) else {}, weights)
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a folder holds a tokenizer of any kind."""
+    return any((path / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _telling_names(weights: Weights) -> frozenset[str]:
+    """The names that tell which heads a model has; a projection that only repeats the embedding is none."""
+    names = frozenset(weights.names())
+    if {"lm_head.weight", "shared.weight"} <= names and np.array_equal(
+        weights.array("lm_head.weight"), weights.array("shared.weight")
+    ):
+        return names - {"lm_head.weight"}
+    return names
+
+
+def _stored_names(path: Path, config: ModelConfig, weights: Weights) -> dict[str, str]:
+    """What the files call each weight, by lexmill's names, after checking that all are there and fit.
+
+    Raises:
+        ModelError: a weight is missing or has another shape.
+    """
+    stored, shapes = {}, weight_shapes(config)
+    present = frozenset(weights.names())
+    for name in weight_names(config):
+        found = find_name(name, present)
+        if found is None:
+            raise ModelError(f"{path}: the weight '{name.huggingface}' is missing.", _COMPLETE)
+        rows, *rest = shapes[name.own]
+        expected = (rows * name.part[1], *rest)
+        if weights.shape(found) != expected:
+            raise ModelError(
+                f"{path}: the weight '{found}' has the shape {weights.shape(found)}, "
+                f"but config.json asks for {expected}.",
+                "config.json and model.safetensors come from different models.",
+            )
+        stored[name.own] = found
+    return stored
 
 
 def write_model_directory(
@@ -123,12 +187,26 @@ def write_model_directory(
         )
         write_safetensors(
             folder / "model.safetensors",
-            {
-                name.huggingface: np.ascontiguousarray(weights[name.own], np.float32)
-                for name in weight_names(config)
-            },
+            _as_stored(config, weights),
             metadata={"format": "pt"},
         )
         tokenizer.save(folder, context=config.context)
         write_json(folder / LINEAGE_FILE, dict(lineage or {}))
     return ModelDirectory.open(path)
+
+
+def _as_stored(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Every weight by Hugging Face's name; what it holds as one matrix is laid together."""
+    parts: dict[str, list[WeightName]] = {}
+    for name in weight_names(config):
+        parts.setdefault(name.huggingface, []).append(name)
+    stored = {
+        huggingface: np.ascontiguousarray(np.concatenate([weights[name.own] for name in names]), np.float32)
+        if len(names) > 1
+        else np.ascontiguousarray(weights[names[0].own], np.float32)
+        for huggingface, names in parts.items()
+    }
+    if config.family == "t5" and config.tied and not config.scale_output:
+        # transformers 4 takes "no scaling" as "not tied" and then wants the projection; 5 ties all the same
+        stored["lm_head.weight"] = stored["shared.weight"].copy()
+    return stored

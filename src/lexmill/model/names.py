@@ -1,92 +1,249 @@
-"""What each weight is called here, in Hugging Face's files and in GGUF: one table, read in all directions."""
+"""What each weight is called here, in Hugging Face's files and in GGUF: one table a family, read in all directions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 from lexmill.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class WeightName:
-    """One row of the table. `{}` stands for the layer's number.
+    """One row of a table.
 
     `rope` is "q" or "k" for the projections whose rows depend on how a runtime pairs the
     coordinates that rotary positions turn; GGUF's `llama` architecture wants other pairs.
+    `gguf` is "" where llama.cpp has no place for the weight. `part` is (index, of) where the
+    file of Hugging Face holds several of our matrices as one, rows behind rows.
     """
 
     own: str
     huggingface: str
     gguf: str
     rope: str = ""
+    part: tuple[int, int] = (0, 1)
 
 
-_MODEL = [
-    WeightName("embed.weight", "model.embed_tokens.weight", "token_embd.weight"),
-    WeightName("norm.weight", "model.norm.weight", "output_norm.weight"),
-]
-_HEAD = WeightName("head.weight", "lm_head.weight", "output.weight")
-_BLOCK = [
-    ("attention_norm.weight", "input_layernorm.weight", "attn_norm.weight", ""),
-    ("attention.q.weight", "self_attn.q_proj.weight", "attn_q.weight", "q"),
-    ("attention.k.weight", "self_attn.k_proj.weight", "attn_k.weight", "k"),
-    ("attention.v.weight", "self_attn.v_proj.weight", "attn_v.weight", ""),
-    ("attention.out.weight", "self_attn.o_proj.weight", "attn_output.weight", ""),
-    ("mlp_norm.weight", "post_attention_layernorm.weight", "ffn_norm.weight", ""),
-    ("mlp.gate.weight", "mlp.gate_proj.weight", "ffn_gate.weight", ""),
-    ("mlp.up.weight", "mlp.up_proj.weight", "ffn_up.weight", ""),
-    ("mlp.down.weight", "mlp.down_proj.weight", "ffn_down.weight", ""),
-]
-_QKV_BIAS = [
-    ("attention.q.bias", "self_attn.q_proj.bias", "attn_q.bias", "q"),
-    ("attention.k.bias", "self_attn.k_proj.bias", "attn_k.bias", "k"),
-    ("attention.v.bias", "self_attn.v_proj.bias", "attn_v.bias", ""),
-]
-_QK_NORM = [
-    ("attention.q_norm.weight", "self_attn.q_norm.weight", "attn_q_norm.weight", ""),
-    ("attention.k_norm.weight", "self_attn.k_norm.weight", "attn_k_norm.weight", ""),
-]
+def _linear(own: str, huggingface: str, gguf: str, bias: bool, rope: str = "") -> list[WeightName]:
+    """A linear layer or norm: its weight, and its bias where it has one."""
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return [
+        WeightName(f"{own}.{kind}", f"{huggingface}.{kind}", gguf and f"{gguf}.{kind}", rope)
+        for kind in kinds
+    ]
+
+
+def _decoder(config: ModelConfig) -> Iterator[WeightName]:
+    """Llama, Qwen2, Qwen3."""
+    yield WeightName("embed.weight", "model.embed_tokens.weight", "token_embd.weight")
+    for layer in range(config.layers):
+        block = [
+            *_linear("attention_norm", "input_layernorm", "attn_norm", False),
+            *_linear("attention.q", "self_attn.q_proj", "attn_q", config.qkv_bias, "q"),
+            *_linear("attention.k", "self_attn.k_proj", "attn_k", config.qkv_bias, "k"),
+            *_linear("attention.v", "self_attn.v_proj", "attn_v", config.qkv_bias),
+            *_linear("attention.out", "self_attn.o_proj", "attn_output", False),
+            *_linear("mlp_norm", "post_attention_layernorm", "ffn_norm", False),
+            *_linear("mlp.gate", "mlp.gate_proj", "ffn_gate", False),
+            *_linear("mlp.up", "mlp.up_proj", "ffn_up", False),
+            *_linear("mlp.down", "mlp.down_proj", "ffn_down", False),
+        ]
+        if config.qk_norm:
+            block += _linear("attention.q_norm", "self_attn.q_norm", "attn_q_norm", False)
+            block += _linear("attention.k_norm", "self_attn.k_norm", "attn_k_norm", False)
+        yield from _placed(block, f"decoder.blocks.{layer}", f"model.layers.{layer}", f"blk.{layer}")
+    yield WeightName("decoder.norm.weight", "model.norm.weight", "output_norm.weight")
+    if not config.tied:
+        yield WeightName("head.weight", "lm_head.weight", "output.weight")
+
+
+def _bert(config: ModelConfig) -> Iterator[WeightName]:
+    """BERT; with a head, everything below it has the prefix `bert.`."""
+    body = [
+        WeightName("embed.weight", "embeddings.word_embeddings.weight", "token_embd.weight"),
+        WeightName("position_embed.weight", "embeddings.position_embeddings.weight", "position_embd.weight"),
+    ]
+    if config.segments:
+        body.append(
+            WeightName(
+                "segment_embed.weight", "embeddings.token_type_embeddings.weight", "token_types.weight"
+            )
+        )
+    body += _linear("embed_norm", "embeddings.LayerNorm", "token_embd_norm", True)
+    for layer in range(config.layers):
+        block = [
+            *_linear("attention.q", "attention.self.query", "attn_q", True),
+            *_linear("attention.k", "attention.self.key", "attn_k", True),
+            *_linear("attention.v", "attention.self.value", "attn_v", True),
+            *_linear("attention.out", "attention.output.dense", "attn_output", True),
+            *_linear("attention_norm", "attention.output.LayerNorm", "attn_output_norm", True),
+            *_linear("mlp.up", "intermediate.dense", "ffn_up", True),
+            *_linear("mlp.down", "output.dense", "ffn_down", True),
+            *_linear("mlp_norm", "output.LayerNorm", "layer_output_norm", True),
+        ]
+        body += _placed(block, f"encoder.blocks.{layer}", f"encoder.layer.{layer}", f"blk.{layer}")
+    if config.pooler:
+        body += _linear("pooler", "pooler.dense", "", True)
+    prefix = "bert." if config.mlm or config.nsp else ""
+    yield from (replace(name, huggingface=prefix + name.huggingface) for name in body)
+    if config.mlm:
+        yield from _linear("mlm.dense", "cls.predictions.transform.dense", "", True)
+        yield from _linear("mlm.norm", "cls.predictions.transform.LayerNorm", "", True)
+        yield WeightName("mlm.bias", "cls.predictions.bias", "")
+        if not config.tied:
+            yield WeightName("head.weight", "cls.predictions.decoder.weight", "")
+    if config.nsp:
+        yield from _linear("nsp", "cls.seq_relationship", "", True)
+
+
+def _modernbert(config: ModelConfig) -> Iterator[WeightName]:
+    """ModernBERT; the first layer has no norm before attention, because the embeddings have one."""
+    norm, mlp = config.norm_bias, config.mlp_bias
+    body = [WeightName("embed.weight", "embeddings.tok_embeddings.weight", "token_embd.weight")]
+    body += _linear("embed_norm", "embeddings.norm", "token_embd_norm", norm)
+    for layer in range(config.layers):
+        block = [] if layer == 0 else _linear("attention_norm", "attn_norm", "attn_norm", norm)
+        block += _fused(("attention.q", "attention.k", "attention.v"), "attn.Wqkv", "attn_qkv", False)
+        block += _linear("attention.out", "attn.Wo", "attn_output", False)
+        block += _linear("mlp_norm", "mlp_norm", "ffn_norm", norm)
+        block += _fused(("mlp.gate", "mlp.up"), "mlp.Wi", "ffn_up", mlp)
+        block += _linear("mlp.down", "mlp.Wo", "ffn_down", mlp)
+        body += _placed(block, f"encoder.blocks.{layer}", f"layers.{layer}", f"blk.{layer}")
+    body += _linear("encoder.norm", "final_norm", "output_norm", norm)
+    prefix = "model." if config.mlm else ""
+    yield from (replace(name, huggingface=prefix + name.huggingface) for name in body)
+    if config.mlm:
+        yield from _linear("mlm.dense", "head.dense", "", config.mlm_bias)
+        yield from _linear("mlm.norm", "head.norm", "", norm)
+        yield WeightName("mlm.bias", "decoder.bias", "")
+        if not config.tied:
+            yield WeightName("head.weight", "decoder.weight", "")
+
+
+def _t5(config: ModelConfig) -> Iterator[WeightName]:
+    """T5; the position biases of the first layer serve all."""
+    yield WeightName("embed.weight", "shared.weight", "token_embd.weight")
+    for side, layers, short in (("encoder", config.layers, "enc"), ("decoder", config.decoder_layers, "dec")):
+        yield WeightName(
+            f"{side}.relative.weight",
+            f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            f"{short}.blk.0.attn_rel_b.weight",
+        )
+        for layer in range(layers):
+            block = _linear("attention_norm", "layer.0.layer_norm", "attn_norm", False)
+            block += _t5_attention("attention", "layer.0.SelfAttention", "attn")
+            if side == "decoder":
+                block += _linear("cross_norm", "layer.1.layer_norm", "cross_attn_norm", False)
+                block += _t5_attention("cross", "layer.1.EncDecAttention", "cross_attn")
+            place = "layer.2" if side == "decoder" else "layer.1"
+            block += _linear("mlp_norm", f"{place}.layer_norm", "ffn_norm", False)
+            up = "wi_1" if config.gated else "wi"
+            if config.gated:
+                block += _linear("mlp.gate", f"{place}.DenseReluDense.wi_0", "ffn_gate", False)
+            block += _linear("mlp.up", f"{place}.DenseReluDense.{up}", "ffn_up", False)
+            block += _linear("mlp.down", f"{place}.DenseReluDense.wo", "ffn_down", False)
+            yield from _placed(
+                block, f"{side}.blocks.{layer}", f"{side}.block.{layer}", f"{short}.blk.{layer}"
+            )
+        yield WeightName(
+            f"{side}.norm.weight", f"{side}.final_layer_norm.weight", f"{short}.output_norm.weight"
+        )
+    if not config.tied:
+        yield WeightName("head.weight", "lm_head.weight", "output.weight")
+
+
+def _t5_attention(own: str, huggingface: str, gguf: str) -> list[WeightName]:
+    return [
+        name
+        for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "o"))
+        for name in _linear(f"{own}.{ours}", f"{huggingface}.{theirs}", f"{gguf}_{theirs}", False)
+    ]
+
+
+def _fused(owns: tuple[str, ...], huggingface: str, gguf: str, bias: bool) -> list[WeightName]:
+    return [
+        replace(name, part=(index, len(owns)))
+        for index, own in enumerate(owns)
+        for name in _linear(own, huggingface, gguf, bias)
+    ]
+
+
+def _placed(block: list[WeightName], own: str, huggingface: str, gguf: str) -> Iterator[WeightName]:
+    for name in block:
+        yield replace(
+            name,
+            own=f"{own}.{name.own}",
+            huggingface=f"{huggingface}.{name.huggingface}",
+            gguf=f"{gguf}.{name.gguf}",
+        )
+
+
+_TABLES = {
+    "llama": _decoder,
+    "qwen2": _decoder,
+    "qwen3": _decoder,
+    "bert": _bert,
+    "modernbert": _modernbert,
+    "t5": _t5,
+}
 
 
 def weight_names(config: ModelConfig) -> list[WeightName]:
-    """Every weight of a model of this shape, in a fixed order; a test proves the table one-to-one."""
-    names = [_MODEL[0]]
-    block = _BLOCK + (_QKV_BIAS if config.qkv_bias else []) + (_QK_NORM if config.qk_norm else [])
-    for layer in range(config.layers):
-        for own, huggingface, gguf, rope in block:
-            names.append(
-                WeightName(
-                    f"blocks.{layer}.{own}",
-                    f"model.layers.{layer}.{huggingface}",
-                    f"blk.{layer}.{gguf}",
-                    rope,
-                )
-            )
-    names.append(_MODEL[1])
-    return names if config.tied else [*names, _HEAD]
+    """Every weight of a model of this shape, in a fixed order; a test proves the table total and one-to-one."""
+    return list(_TABLES[config.family](config))
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each weight by its own name, as torch lays it out: (outputs, inputs)."""
-    query, key = config.heads * config.head_width, config.kv_heads * config.head_width
+    query, key, width = config.heads * config.head_width, config.kv_heads * config.head_width, config.width
     by_ending = {
-        "embed.weight": (config.vocab_size, config.width),
-        "head.weight": (config.vocab_size, config.width),
-        "attention.q.weight": (query, config.width),
-        "attention.k.weight": (key, config.width),
-        "attention.v.weight": (key, config.width),
-        "attention.out.weight": (config.width, query),
-        "attention.q.bias": (query,),
-        "attention.k.bias": (key,),
-        "attention.v.bias": (key,),
-        "q_norm.weight": (config.head_width,),
-        "k_norm.weight": (config.head_width,),
-        "mlp.gate.weight": (config.mlp_width, config.width),
-        "mlp.up.weight": (config.mlp_width, config.width),
-        "mlp.down.weight": (config.width, config.mlp_width),
+        "attention.q": (query, width),
+        "attention.k": (key, width),
+        "attention.v": (key, width),
+        "attention.out": (width, query),
+        "cross.q": (query, width),
+        "cross.k": (key, width),
+        "cross.v": (key, width),
+        "cross.out": (width, query),
+        "q_norm": (config.head_width,),
+        "k_norm": (config.head_width,),
+        "mlp.gate": (config.mlp_width, width),
+        "mlp.up": (config.mlp_width, width),
+        "mlp.down": (width, config.mlp_width),
+        "position_embed": (config.context, width),
+        "segment_embed": (config.segments, width),
+        "relative": (config.relative_buckets, config.heads),
+        "mlm.dense": (width, width),
+        "pooler": (width, width),
+        "nsp": (2, width),
     }
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in weight_names(config):
-        ending = next((ending for ending in by_ending if name.own.endswith(ending)), None)
-        shapes[name.own] = by_ending[ending] if ending else (config.width,)  # what is left are the norms
+        place, _, kind = name.own.rpartition(".")
+        if place in ("embed", "head"):
+            shapes[name.own] = (config.vocab_size, width)
+        elif name.own == "mlm.bias":
+            shapes[name.own] = (config.vocab_size,)
+        else:
+            ending = next((ending for ending in by_ending if f".{place}".endswith(f".{ending}")), None)
+            shape = by_ending[ending] if ending else (width,)  # what is left are the norms
+            shapes[name.own] = shape if kind == "weight" else shape[:1]
     return shapes
+
+
+def find_name(name: WeightName, present: Collection[str]) -> str | None:
+    """What a file calls this weight: by the table, or as older and other tools write it; None if it is absent.
+
+    Some keep or drop the prefix of the model below the head, and the first BERTs call a norm's
+    weight and bias gamma and beta.
+    """
+    bare = name.huggingface.removeprefix("bert.").removeprefix("model.")
+    for spelling in (name.huggingface, bare, f"bert.{bare}", f"model.{bare}"):
+        old = spelling.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        )
+        for candidate in (spelling, old):
+            if candidate in present:
+                return candidate
+    return None

@@ -1,9 +1,15 @@
-"""Rotary positions (Su et al. 2021, "RoFormer"): queries and keys are turned by their position."""
+"""How a Transformer knows where a token stands: rotary positions, and biases by distance.
+
+Rotary (Su et al. 2021, "RoFormer"): queries and keys are turned by their position. Relative
+(Raffel et al. 2020, T5): each head adds a learned number to a score, by how far the key is.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def rotary_table(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -53,3 +59,39 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """
     cos, sin = (part.unsqueeze(-2).to(x.dtype) for part in table)
     return _Rotate.apply(x, cos, sin)
+
+
+class RelativeBias(nn.Module):
+    """T5's position biases: (1, heads, queries, keys), to be added to attention scores."""
+
+    def __init__(self, buckets: int, heads: int, distance: int, causal: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(buckets, heads))
+        self._distance, self._causal = distance, causal
+
+    def forward(self, queries: int, keys: int) -> Tensor:
+        """The last of `keys` stands where the last of `queries` does."""
+        device = self.weight.device
+        query = torch.arange(keys - queries, keys, device=device)[:, None]
+        offset = torch.arange(keys, device=device)[None] - query
+        buckets = relative_bucket(offset, len(self.weight), self._distance, self._causal)
+        return self.weight[buckets].permute(2, 0, 1)[None]
+
+
+def relative_bucket(offset: Tensor, buckets: int, distance: int, causal: bool) -> Tensor:
+    """The bucket of each offset (key minus query): one a step nearby, then ever wider ones.
+
+    Args:
+        offset: integers, any shape.
+        buckets: how many in all; where keys may lie behind the query too, half for each side.
+        distance: from here on everything shares the last bucket.
+    """
+    if causal:
+        side, steps = torch.zeros_like(offset), (-offset).clamp(min=0)
+    else:
+        buckets //= 2
+        side, steps = (offset > 0).long() * buckets, offset.abs()
+    exact = buckets // 2
+    grown = torch.log(steps.clamp(min=1).float() / exact) / math.log(distance / exact) * (buckets - exact)
+    far = (exact + grown.long()).clamp(max=buckets - 1)
+    return side + torch.where(steps < exact, steps, far)

@@ -2,64 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 from torch import nn
 
-from lexmill.data.documents import Document, read_documents
-from lexmill.data.shards import TokenShard, write_token_shard
-from lexmill.errors import ConfigError, DataError
+from lexmill.errors import ConfigError
 from lexmill.files import write_json
+from lexmill.model.build import build_model
 from lexmill.model.config import ModelConfig
-from lexmill.model.decoder import Decoder
 from lexmill.model.directory import ModelDirectory, write_model_directory
+from lexmill.pretrain.lessons import LESSONS, OBJECTIVE_OF
+from lexmill.pretrain.masked import MaskingConfig
+from lexmill.pretrain.shape import ShapeConfig
+from lexmill.pretrain.spans import SpanConfig
 from lexmill.progress import SILENT, Progress
 from lexmill.tokenizer.tokenizer import Tokenizer
-from lexmill.train.batches import Example, Loader, fixed_batches, next_token_example
-from lexmill.train.causal import causal_loss
-from lexmill.train.loop import Hooks, TrainConfig, TrainResult, mean_loss, train
+from lexmill.train.batches import Loader, fixed_batches
+from lexmill.train.loop import Hooks, TrainConfig, TrainResult, train
 from lexmill.train.metrics import write_samples
+from lexmill.train.objective import measure
 
-# (model, tokenizer, prompt) -> the text that the model puts behind the prompt
+# (model, tokenizer, prompt) -> what the model makes of the prompt: its continuation, or what fills its gap
 Sampler = Callable[[nn.Module, Tokenizer, str], str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShapeConfig:
-    """The model's shape as a recipe states it; the vocabulary comes from the tokenizer."""
-
-    width: int = 256
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int | None = None  # as many as heads when not given
-    mlp_width: int | None = None  # three times the width when not given
-    context: int = 256
-    rope_theta: float = 10000.0
-    tied: bool = True
-    qkv_bias: bool = False
-    qk_norm: bool = False
-
-    def with_vocabulary(self, vocab_size: int) -> ModelConfig:
-        """The complete configuration."""
-        if self.width % self.heads:
-            raise ConfigError(f"'width' ({self.width}) must be a multiple of 'heads' ({self.heads}).")
-        return ModelConfig(
-            vocab_size=vocab_size,
-            width=self.width,
-            layers=self.layers,
-            heads=self.heads,
-            kv_heads=self.kv_heads or self.heads,
-            head_width=self.width // self.heads,
-            mlp_width=self.mlp_width or 3 * self.width,
-            context=self.context,
-            rope_theta=self.rope_theta,
-            tied=self.tied,
-            qkv_bias=self.qkv_bias,
-            qk_norm=self.qk_norm,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,68 +34,34 @@ class PretrainConfig(TrainConfig):
     """The `[pretrain]` table of a recipe."""
 
     model: ShapeConfig = field(default_factory=ShapeConfig)
+    objective: Literal["causal", "masked", "span_corruption"] | None = None  # the shape's own when not given
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    spans: SpanConfig = field(default_factory=SpanConfig)
     row_length: int | None = None  # tokens in a training row; the model's context when not given
-    prompts: tuple[str, ...] = ("It is a truth",)  # for samples as training goes on
+    prompts: tuple[str, ...] = ()  # for samples as training goes on
     validation_tokens: int = 32768  # at most so many in each validation
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.model.with_vocabulary(512)  # a shape that cannot be is refused now, not after preparing data
-        if self.row_length is not None and not 2 <= self.row_length <= self.model.context:
-            raise ConfigError(f"'row_length' must lie between 2 and the context ({self.model.context}).")
-
-
-def tokenize_documents(
-    documents: Path, tokenizer: Tokenizer, out: Path, *, progress: Progress = SILENT
-) -> dict[str, TokenShard]:
-    """Turn the text documents of both splits into token shards `out/train` and `out/validation`.
-
-    The texts of special tokens inside a document stay ordinary text.
-
-    Raises:
-        DataError: a split has no text documents.
-    """
-    shards = {}
-    for split in ("train", "validation"):
-        texts = (
-            document for document in read_documents(documents / f"{split}.parquet") if document.kind == "text"
-        )
-        with progress.task(f"tokenizing {split}", None, "documents") as task:
-
-            def encoded(texts: Iterator[Document] = texts, task=task) -> Iterator[tuple[list[int], int]]:
-                for document in texts:
-                    task.advance()
-                    text = document.text or ""
-                    yield tokenizer.encode(text, special=False), len(text.encode("utf-8"))
-
-            shards[split] = write_token_shard(
-                out / split,
-                encoded(),
-                vocab_size=tokenizer.vocab_size,
-                tokenizer_sha256=tokenizer.sha256,
+        fitting = OBJECTIVE_OF[self.model.shape]
+        if self.objective not in (None, fitting):
+            fits = [shape for shape, objective in OBJECTIVE_OF.items() if objective == self.objective]
+            raise ConfigError(
+                f"The objective '{self.objective}' does not fit the family '{self.model.family}', which is "
+                f"of the shape '{self.model.shape}'.",
+                f"That shape learns by '{fitting}'; '{self.objective}' fits the shape '{fits[0]}'.",
             )
-    if shards["train"].tokens == 0:
-        raise DataError(
-            f"{documents}: there are no text documents to pretrain on.", "Add a source of kind 'text'."
-        )
-    return shards
+        self.shape(512)  # a shape that cannot be is refused now, not after preparing data
+        if self.row_length is not None and not 4 <= self.row_length <= self.model.context:
+            raise ConfigError(f"'row_length' must lie between 4 and the context ({self.model.context}).")
 
-
-def cut_documents(shard: TokenShard, length: int, end_of_text: int, shift: float = 0.0) -> list[Example]:
-    """Each document between two end-of-text tokens, cut into examples of at most `length` tokens.
-
-    Args:
-        shift: in [0, 1): where the first cut lies, as a part of `length`; another value an epoch
-            shows the model other beginnings.
-    """
-    examples = []
-    for index in range(len(shard)):
-        ids = np.concatenate([[end_of_text], shard[index].astype(np.int64), [end_of_text]])
-        first = length - int(shift * length) if len(ids) > length + 1 else length
-        starts = [0, *range(first, len(ids) - 1, length)]
-        for start, end in zip(starts, [*starts[1:], len(ids) - 1]):
-            examples.append(next_token_example(ids[start : end + 1]))
-    return examples
+    def shape(self, vocab_size: int) -> ModelConfig:
+        """The model, with the heads that the objective needs."""
+        if self.model.shape != "encoder":
+            return self.model.with_vocabulary(vocab_size)
+        pairs = self.model.family == "bert" and self.masking.next_sentence
+        dense = self.model.family == "bert"  # BERT's head has a bias in its dense layer, ModernBERT's none
+        return self.model.with_vocabulary(vocab_size, mlm=True, mlm_bias=dense, pooler=pairs, nsp=pairs)
 
 
 def pretrain(
@@ -141,45 +74,35 @@ def pretrain(
     lineage: dict | None = None,
     progress: Progress = SILENT,
 ) -> tuple[ModelDirectory, TrainResult]:
-    """Train a decoder from nothing and write `out/model`.
+    """Train a model of any shape from nothing and write `out/model`.
 
     `out` also receives token shards, `metrics.jsonl`, `samples.jsonl` and, while it lasts,
     checkpoints from which the same call goes on.
 
     Args:
         documents: the folder that `prepare` wrote.
-        sample: continues a prompt; called for each of `config.prompts` as training goes on.
+        sample: what the model makes of a prompt; called for each of `config.prompts` as training goes on.
 
     Raises:
         DataError: no text.
+        ModelError: a tokenizer that does not fit the objective.
         TrainingError: training diverged.
     """
-    shards = tokenize_documents(documents, tokenizer, out / "tokens", progress=progress)
-    shape = config.model.with_vocabulary(tokenizer.vocab_size)
-    length = config.row_length or shape.context
-    end_of_text = tokenizer.ids.bos
-    pad = tokenizer.ids.pad
-    if end_of_text is None or pad is None:
-        raise DataError(
-            "The tokenizer has no end-of-text or no padding token.", "Train one with 'lexmill tokenizer'."
-        )
-
-    def examples(epoch: int) -> list[Example]:
-        shift = float(np.random.default_rng([config.seed, epoch, 1]).random()) if epoch else 0.0
-        return cut_documents(shards["train"], length, end_of_text, shift)
-
-    model = Decoder(shape)
+    shape = config.shape(tokenizer.vocab_size)
+    objective = OBJECTIVE_OF[shape.shape]
+    lesson = LESSONS[objective](config, shape, documents, tokenizer, out / "tokens", progress)
+    rows = {"rows": config.rows, "length": lesson.length, "decoder_length": lesson.decoder_length}
+    model = build_model(shape)
     model.initialise(config.seed)
     progress.say(
-        f"  {shape.parameters:,} parameters ({shape.family} shape: {shape.layers} layers, width {shape.width}), "
-        f"{shards['train'].tokens:,} training tokens"
+        f"  {shape.parameters:,} parameters ({shape.family} shape: {shape.layers + shape.decoder_layers} layers, "
+        f"width {shape.width}), {lesson.training_tokens:,} training tokens, objective {objective}"
     )
-    validation = fixed_batches(
-        cut_documents(shards["validation"], length, end_of_text), rows=config.rows, length=length, pad_id=pad
-    )[: max(1, config.validation_tokens // (config.rows * length))]
+    most = max(1, config.validation_tokens // (config.rows * (lesson.length + lesson.decoder_length)))
+    validation = fixed_batches(lesson.validation, pad_id=lesson.pad, **rows)[:most]
 
     def validate(model: nn.Module) -> dict[str, float]:
-        return {"validation_loss": round(mean_loss(model, causal_loss, validation)[0], 5)}
+        return measure(model, lesson.loss, validation).figures("validation")
 
     def show_samples(model: nn.Module, step: int) -> None:
         if sample is None:
@@ -191,8 +114,8 @@ def pretrain(
 
     result = train(
         model,
-        causal_loss,
-        Loader(examples, rows=config.rows, length=length, pad_id=pad, seed=config.seed),
+        lesson.loss,
+        Loader(lesson.examples, pad_id=lesson.pad, seed=config.seed, **rows),
         config,
         out,
         label="pretraining",
@@ -201,11 +124,12 @@ def pretrain(
     )
     history = {
         "stage": "pretrain",
-        "objective": "causal",
+        "objective": objective,
         "steps": result.steps,
         "tokens": result.tokens,
         "precision": result.precision,
         "tokenizer_sha256": tokenizer.sha256,
+        **lesson.facts,
     }
     directory = write_model_directory(
         out / "model", shape, model.weights(), tokenizer, {**(lineage or {}), "history": [history]}

@@ -104,12 +104,16 @@ def _tokenizer(place: Place) -> dict[str, Any]:
     return {"vocabulary": tokenizer.vocab_size, "bytes per token (held out)": round(held_out, 4)}
 
 
-def continue_text(decoder: Any, tokenizer: Any, prompt: str) -> str:
+def continue_text(network: Any, tokenizer: Any, prompt: str) -> str:
+    """What a model in training makes of a prompt: its continuation, or what it puts into the gap."""
     from lexmill.inference.language_model import LanguageModel
 
-    return LanguageModel(decoder, tokenizer).generate(
-        prompt, max_tokens=40, temperature=0.8, top_p=0.95, seed=0
-    )
+    model = LanguageModel(network, tokenizer)
+    if model.config.shape == "encoder":
+        return "  ".join(f"{one.text} {one.probability:.2f}" for one in model.fill_mask(prompt))
+    if model.config.shape == "encoder_decoder":
+        return "  /  ".join(one.text for one in model.fill_spans(prompt, top=3))
+    return model.generate(prompt, max_tokens=40, temperature=0.8, top_p=0.95, seed=0)
 
 
 def answer_question(decoder: Any, tokenizer: Any, question: str) -> str:

@@ -18,10 +18,19 @@ IGNORED = -100  # a target that does not count
 
 @dataclass(frozen=True)
 class Example:
-    """One piece of a document. `targets[i]` is what should follow `tokens[i]`, or `IGNORED`. Shapes (n,)."""
+    """One piece of a document; every array has the shape (n,).
+
+    `targets[i]` is what should be predicted at `tokens[i]`, or `IGNORED`; where there are
+    `decoder_tokens` it belongs to those, and `tokens` are what the encoder reads.
+    `segments` tells the two texts of a pair apart, `label` says whether the second does not
+    follow the first (0 follows, 1 does not, `IGNORED` is not asked).
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
+    segments: np.ndarray | None = None
+    decoder_tokens: np.ndarray | None = None
+    label: int = IGNORED
 
 
 def next_token_example(ids: np.ndarray, counts: np.ndarray | None = None) -> Example:
@@ -42,81 +51,160 @@ class Batch:
     """Rows of packed examples; all arrays have the shape (rows, length).
 
     `document` numbers the examples of a row from 0; what fills the end of a row has a number of
-    its own. A position may only look at positions of its own number.
+    its own. A position may only look at positions of its own number. `labels` stand at the first
+    token of their example. With `decoder_tokens`, those, `decoder_document` and `targets` have
+    the decoder's length.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     positions: np.ndarray
     document: np.ndarray
+    segments: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    decoder_tokens: np.ndarray | None = None
+    decoder_document: np.ndarray | None = None
 
     @property
-    def target_count(self) -> int:
-        """How many predictions count."""
-        return int((self.targets != IGNORED).sum())
+    def counts(self) -> dict[str, int]:
+        """How many predictions of each kind count."""
+        found = {"tokens": int((self.targets != IGNORED).sum())}
+        if self.labels is not None:
+            found["pairs"] = int((self.labels != IGNORED).sum())
+        return found
 
-    def rows(self, start: int, end: int) -> Batch:
-        """A part of the batch, as views."""
-        return Batch(
-            *(getattr(self, name)[start:end] for name in ("tokens", "targets", "positions", "document"))
-        )
+    @property
+    def size(self) -> int:
+        """Tokens that a model computes on."""
+        return self.tokens.size + (self.decoder_tokens.size if self.decoder_tokens is not None else 0)
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Tokens, targets, and where a row holds more than one example: positions and attention mask."""
-        tokens, targets = torch.from_numpy(self.tokens), torch.from_numpy(self.targets)
-        if not self.document.any():
-            return tokens, targets, None, None
-        document = torch.from_numpy(self.document)
-        length = tokens.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        mask = (document[:, :, None] == document[:, None, :]) & causal
-        return tokens, targets, torch.from_numpy(self.positions), mask[:, None]
+    def select(self, rows: slice | np.ndarray) -> Batch:
+        """Some of the rows."""
+        parts = {
+            name: getattr(self, name)[rows]
+            for name in self.__dataclass_fields__
+            if getattr(self, name) is not None
+        }
+        return Batch(**parts)
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the arrays."""
+        return torch.from_numpy(np.ascontiguousarray(getattr(self, name)))
+
+    def row_positions(self) -> Tensor | None:
+        """Positions where a row holds more than one example; None where they count from 0."""
+        return self.tensor("positions") if self.document.any() else None
+
+    def mask(self, *, causal: bool) -> Tensor | None:
+        """Which tokens may look at which, (rows, 1, length, length); None where each row is one example."""
+        return _same(self.document, self.document, causal) if self.document.any() else None
+
+    def decoder_mask(self) -> Tensor | None:
+        """The same among decoder tokens, which never look ahead."""
+        document = self.decoder_document
+        return _same(document, document, True) if document is not None and document.any() else None
+
+    def memory_mask(self) -> Tensor | None:
+        """Which decoder tokens may look at which tokens, (rows, 1, decoder length, length)."""
+        if self.decoder_document is None or not (self.document.any() or self.decoder_document.any()):
+            return None
+        return _same(self.decoder_document, self.document, False)
 
 
-def pack(examples: Sequence[Example], length: int, pad_id: int) -> Batch:
+def _same(query: np.ndarray, key: np.ndarray, causal: bool) -> Tensor:
+    mask = torch.from_numpy(query[:, :, None] == key[:, None, :])
+    if causal:
+        mask &= torch.ones(mask.shape[1:], dtype=torch.bool).tril()
+    return mask[:, None]
+
+
+def pack(examples: Sequence[Example], length: int, pad_id: int, decoder_length: int = 0) -> Batch:
     """Lay whole examples side by side into rows of `length` tokens.
 
     Best-fit decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"): the
-    longest first, each into the fullest row that still holds it.
+    longest first, each into the fullest row that still holds it. For an encoder–decoder both
+    sides of an example go into the same row.
 
     Raises:
         TrainingError: an example is empty or longer than a row; says which.
     """
-    order = sorted(range(len(examples)), key=lambda index: (-len(examples[index].tokens), index))
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for index in order:
-        size = len(examples[index].tokens)
-        if not 0 < size <= length:
-            raise TrainingError(f"Example {index} has {size:,} tokens, which do not fit a row of {length:,}.")
-        place = bisect.bisect_left(room, (size, -1))
-        if place == len(room):
-            rows.append([index])
-            left, row = length - size, len(rows) - 1
-        else:
-            left, row = room.pop(place)
-            rows[row].append(index)
-            left -= size
-        if left:
-            bisect.insort(room, (left, row))
+    rows = _best_fit([_sizes(example) for example in examples], (length, decoder_length))
     shape = (len(rows), length)
+    target_shape = (len(rows), decoder_length) if decoder_length else shape
+    has_segments = any(example.segments is not None for example in examples)
+    has_labels = any(example.label != IGNORED for example in examples)
+    # what is left of a row gets a number that no example has, another one on each side
     batch = Batch(
         np.full(shape, pad_id, np.int64),
-        np.full(shape, IGNORED, np.int64),
+        np.full(target_shape, IGNORED, np.int64),
         np.zeros(shape, np.int64),
         np.zeros(shape, np.int64),
+        segments=np.zeros(shape, np.int64) if has_segments else None,
+        labels=np.full(shape, IGNORED, np.int64) if has_labels else None,
+        decoder_tokens=np.full(target_shape, pad_id, np.int64) if decoder_length else None,
+        decoder_document=np.zeros(target_shape, np.int64) if decoder_length else None,
     )
     for row, members in enumerate(rows):
-        start = 0
+        start = decoder_start = 0
         for number, index in enumerate(members):
-            end = start + len(examples[index].tokens)
-            batch.tokens[row, start:end] = examples[index].tokens
-            batch.targets[row, start:end] = examples[index].targets
+            example = examples[index]
+            end = start + len(example.tokens)
+            batch.tokens[row, start:end] = example.tokens
             batch.positions[row, start:end] = np.arange(end - start)
             batch.document[row, start:end] = number
+            if batch.segments is not None and example.segments is not None:
+                batch.segments[row, start:end] = example.segments
+            if batch.labels is not None:
+                batch.labels[row, start] = example.label
+            if batch.decoder_tokens is None or batch.decoder_document is None:
+                batch.targets[row, start:end] = example.targets
+            else:
+                decoder_end = decoder_start + len(example.targets)
+                batch.targets[row, decoder_start:decoder_end] = example.targets
+                batch.decoder_tokens[row, decoder_start:decoder_end] = example.decoder_tokens
+                batch.decoder_document[row, decoder_start:decoder_end] = number
+                decoder_start = decoder_end
             start = end
         batch.document[row, start:] = len(members)
+        if batch.decoder_document is not None:
+            # the decoder's filling looks at the encoder's, or where that has none, at an example's text:
+            # a row of a softmax must not be empty, and nothing is learned from it either way
+            batch.decoder_document[row, decoder_start:] = len(members) if start < length else 0
     return batch
+
+
+def _sizes(example: Example) -> tuple[int, int]:
+    return len(example.tokens), 0 if example.decoder_tokens is None else len(example.decoder_tokens)
+
+
+def _best_fit(sizes: Sequence[tuple[int, int]], rooms: tuple[int, int]) -> list[list[int]]:
+    """Which examples share a row. `sizes` and `rooms` count the tokens of both sides."""
+    order = sorted(range(len(sizes)), key=lambda index: (-sizes[index][0], -sizes[index][1], index))
+    rows: list[list[int]] = []
+    room: list[tuple[int, int, int]] = []  # (tokens left, row, decoder tokens left), sorted
+    for index in order:
+        size, decoder_size = sizes[index]
+        if not 0 < size <= rooms[0]:
+            raise TrainingError(
+                f"Example {index} has {size:,} tokens, which do not fit a row of {rooms[0]:,}."
+            )
+        if decoder_size > rooms[1]:
+            raise TrainingError(
+                f"Example {index} has {decoder_size:,} tokens to write, which do not fit a row of {rooms[1]:,}."
+            )
+        place = bisect.bisect_left(room, (size, -1, -1))
+        while place < len(room) and room[place][2] < decoder_size:
+            place += 1
+        if place == len(room):
+            rows.append([index])
+            left, row, decoder_left = rooms[0] - size, len(rows) - 1, rooms[1] - decoder_size
+        else:
+            left, row, decoder_left = room.pop(place)
+            rows[row].append(index)
+            left, decoder_left = left - size, decoder_left - decoder_size
+        if left and (decoder_left or not rooms[1]):
+            bisect.insort(room, (left, row, decoder_left))
+    return rows
 
 
 class Loader:
@@ -134,9 +222,10 @@ class Loader:
         length: int,
         pad_id: int,
         seed: int,
+        decoder_length: int = 0,
     ) -> None:
         self._examples, self._rows, self._length = examples, rows, length
-        self._pad_id, self._seed = pad_id, seed
+        self._pad_id, self._seed, self._decoder_length = pad_id, seed, decoder_length
         self.epoch, self.position = 0, 0
         self._packed: Batch | None = None
         self._packed_epoch = -1
@@ -158,25 +247,25 @@ class Loader:
         if self._packed is None or self._packed_epoch != self.epoch:
             self._packed = self._pack_epoch()
             self._packed_epoch = self.epoch
-        batch = self._packed.rows(self.position, self.position + self._rows)
+        batch = self._packed.select(slice(self.position, self.position + self._rows))
         self.position += self._rows
         if self.position >= len(self._packed.tokens):
             self.epoch, self.position = self.epoch + 1, 0
         return batch
 
     def _pack_epoch(self) -> Batch:
-        packed = pack(self._examples(self.epoch), self._length, self._pad_id)
-        if packed.target_count == 0:
+        packed = pack(self._examples(self.epoch), self._length, self._pad_id, self._decoder_length)
+        if packed.counts["tokens"] == 0:
             raise TrainingError(
                 "There are no targets to learn from.", "Check the data: are the replies empty?"
             )
         order = np.random.default_rng([self._seed, self.epoch]).permutation(len(packed.tokens))
-        return Batch(
-            packed.tokens[order], packed.targets[order], packed.positions[order], packed.document[order]
-        )
+        return packed.select(order)
 
 
-def fixed_batches(examples: Iterable[Example], *, rows: int, length: int, pad_id: int) -> list[Batch]:
+def fixed_batches(
+    examples: Iterable[Example], *, rows: int, length: int, pad_id: int, decoder_length: int = 0
+) -> list[Batch]:
     """The same examples once, in packed order, for validation."""
-    packed = pack(list(examples), length, pad_id)
-    return [packed.rows(start, start + rows) for start in range(0, len(packed.tokens), rows)]
+    packed = pack(list(examples), length, pad_id, decoder_length)
+    return [packed.select(slice(start, start + rows)) for start in range(0, len(packed.tokens), rows)]

@@ -7,26 +7,24 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lexmill.errors import ConfigError, TrainingError
 from lexmill.progress import SILENT, Progress
 from lexmill.train.batches import Batch, Loader
 from lexmill.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from lexmill.train.metrics import MetricsLog
+from lexmill.train.objective import Objective
 from lexmill.train.optimizers import OptimizerSet
 from lexmill.train.precision import autocast, choose_precision
 from lexmill.train.schedule import learning_rate_factor
-
-# (model, batch) -> (sum of the losses of all targets in nats, number of targets)
-Objective = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 
 # A budget in minutes becomes a number of steps after so many; the first ones are slow and do not count.
 _CALIBRATION_STEPS = 12
@@ -114,6 +112,7 @@ def train(
         TrainingError: no targets, or ten steps in a row whose gradient is not finite.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
+    model.train()
     run = _Run(model, objective, loader, config, folder, hooks or Hooks())
     run.resume(progress)
     with progress.task(
@@ -129,6 +128,7 @@ def train(
                 if interrupted.is_set():
                     run.save()
                     raise KeyboardInterrupt
+    model.eval()
     run.log.close()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     position = run.position
@@ -165,6 +165,7 @@ class _Run:
             learning_rate=config.learning_rate,
             matrix_learning_rate=config.matrix_learning_rate,
             weight_decay=config.weight_decay,
+            precision=self.precision,
         )
         self.position = Position()
         self.log = MetricsLog(folder / "metrics.jsonl")
@@ -192,7 +193,7 @@ class _Run:
             self.position.total_steps = self.config.steps
         elif self.config.tokens:
             first = self.loader.next()
-            self.position.total_steps = max(1, round(self.config.tokens / first.tokens.size))
+            self.position.total_steps = max(1, round(self.config.tokens / first.size))
             self.loader.restore({"epoch": 0, "position": 0})
         self.log.resume(self.position.step)
 
@@ -211,12 +212,12 @@ class _Run:
         else:
             self._skip(progress, loss, norm)
         position.step += 1
-        position.tokens += batch.tokens.size
+        position.tokens += batch.size
         position.loader = self.loader.state()
         took = time.perf_counter() - started
         position.seconds += took
         self.smooth_loss = loss if math.isnan(self.smooth_loss) else 0.9 * self.smooth_loss + 0.1 * loss
-        rate = batch.tokens.size / took
+        rate = batch.size / took
         self.note = f"loss {self.smooth_loss:.3f}  {rate:,.0f} tokens/s"
         self.log.write(
             step=position.step,
@@ -245,20 +246,25 @@ class _Run:
             position.total_steps = position.step + round(left / max(pace, 1e-9))
 
     def _gradients(self, batch: Batch) -> float:
-        """Add up the gradient of the mean loss over all targets of the batch; returns that loss."""
-        targets = batch.target_count
-        if targets == 0:
+        """Add up the gradient of the mean loss over all targets of the batch; returns that loss.
+
+        Where more than one kind of thing is predicted, the loss is the sum of their means.
+        """
+        counts = batch.counts
+        if not counts["tokens"]:
             raise TrainingError("A batch has no targets.", "Check the data: are the replies empty?")
         rows = self.config.micro_rows or len(batch.tokens)
         total = 0.0
         for start in range(0, len(batch.tokens), rows):
-            part = batch.rows(start, start + rows)
+            part = batch.select(slice(start, start + rows))
             with autocast(self.precision):
-                loss, _ = self.objective(self.model, part)
-            # divided by the targets of the whole batch: parts with unequal targets weigh as they should
-            (loss / targets).backward()
+                losses = self.objective(self.model, part)
+                # divided by the targets of the whole batch: parts with unequal targets weigh as they should
+                parts = [value / counts[name] for name, value in losses.sums.items() if counts[name]]
+                loss = torch.stack(parts).sum()
+            loss.backward()
             total += float(loss.detach())
-        return total / targets
+        return total
 
     def _skip(self, progress: Progress, loss: float, norm: float) -> None:
         self.optimizers.clear()
@@ -288,19 +294,6 @@ class _Run:
         self.log.flush()
         save_checkpoint(self.folder / "checkpoints", self.model, self.optimizers, self.position)
         self._last_save = time.perf_counter()
-
-
-def mean_loss(model: nn.Module, objective: Objective, batches: Sequence[Batch]) -> tuple[float, int]:
-    """Mean loss in nats over all targets of `batches`, without learning; and how many targets."""
-    total, targets = 0.0, 0
-    with torch.no_grad():
-        for batch in batches:
-            loss, count = objective(model, batch)
-            total += float(loss)
-            targets += count
-    if targets == 0:
-        raise TrainingError("There are no targets to measure a loss on.")
-    return total / targets, targets
 
 
 class _graceful_interrupt:

@@ -20,9 +20,15 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,  # of the products that make an update orthogonal
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -35,7 +41,7 @@ class Muon(torch.optim.Optimizer):
                 updates = torch.stack(
                     [self._momentum(parameter, group["momentum"]) for parameter in parameters]
                 )
-                updates = orthogonalise(updates)
+                updates = orthogonalise(updates.to(self._dtype)).float()
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, update in zip(parameters, updates):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
@@ -78,14 +84,14 @@ class OptimizerSet:
         matrix_learning_rate: float,
         weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.95),
+        precision: str = "float32",  # bfloat16 makes Muon's products run in it
     ) -> None:
         self._names: dict[Any, str] = {
             parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad
         }
         matrices = [
-            p for p, name in self._names.items() if kind == "muon" and p.dim() == 2 and ".weight" in name
+            p for p, name in self._names.items() if kind == "muon" and p.dim() == 2 and ".blocks." in name
         ]
-        matrices = [p for p in matrices if not self._names[p].startswith(("embed.", "head."))]
         chosen = set(matrices)
         rest = [p for p in self._names if p not in chosen]
         decayed = [p for p in rest if p.dim() >= 2]
@@ -96,7 +102,10 @@ class OptimizerSet:
             torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=True)
         ]
         if matrices:
-            self.optimizers.append(Muon(matrices, lr=matrix_learning_rate, weight_decay=weight_decay))
+            dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+            self.optimizers.append(
+                Muon(matrices, lr=matrix_learning_rate, weight_decay=weight_decay, dtype=dtype)
+            )
         self._base = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
     def step(self, factor: float) -> None:

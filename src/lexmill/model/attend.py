@@ -1,0 +1,124 @@
+"""The heart of attention: softmax(Q Kᵀ + bias) V, by the fastest way that gives the same numbers.
+
+Inference and GPUs take torch's fused kernel. Training on a CPU takes products over blocks of
+queries: at rows of some hundred tokens that is faster, forward and back, than the fused kernel
+(`bench/training.py`; measured in docs/decisions.md).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lexmill.model.scope import Scope
+
+_LONGEST_IN_BLOCKS = 1024  # keys; beyond, the stored weights grow too large
+_BLOCK = 128  # queries
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float) -> Tensor:
+    """What each query gathers: (batch, heads, queries, head_width).
+
+    Args:
+        q: (batch, heads, queries, head_width).
+        k, v: (batch, kv_heads, keys, head_width).
+    """
+    learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if learning and q.device.type == "cpu" and k.shape[2] <= _LONGEST_IN_BLOCKS:
+        return _Blocks.apply(q, k, v, scope.mask, scope.bias, scope.causal, scale)
+    mask = _float_mask(scope, q.dtype, q.shape[2], k.shape[2]) if scope.bias is not None else scope.mask
+    causal = scope.causal and mask is None and q.shape[2] > 1
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def attention_weights(q: Tensor, k: Tensor, scope: Scope, scale: float) -> Tensor:
+    """How much each query looks at each key: (batch, heads, queries, keys), rows sum to 1."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    if scope.bias is not None:
+        return (scores + _float_mask(scope, scores.dtype, q.shape[2], k.shape[2])).softmax(-1)
+    mask = scope.mask
+    if mask is None and scope.causal and q.shape[2] > 1:
+        mask = _lower_triangle(q.shape[2], k.shape[2], q.device)
+    return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
+
+
+def _lower_triangle(queries: int, keys: int, device: torch.device) -> Tensor:
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def _float_mask(scope: Scope, dtype: torch.dtype, queries: int, keys: int) -> Tensor:
+    """Mask and bias as one tensor to add."""
+    assert scope.bias is not None
+    bias, mask = scope.bias.to(dtype), scope.mask
+    if mask is None and scope.causal and queries > 1:
+        mask = _lower_triangle(queries, keys, bias.device)
+    return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+
+
+class _Blocks(torch.autograd.Function):
+    """Attention by plain products, a block of queries at a time; keeps the weights for the way back.
+
+    With `causal`, a block multiplies only the keys up to its own end: a third of the work is saved.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, bias, causal, scale):  # type: ignore[override]
+        batch, heads, time, width = q.shape
+        groups, keys = heads // k.shape[1], k.shape[2]
+        with torch.autocast(q.device.type, enabled=False):
+            # heads that share keys lie behind each other, as more queries: (batch * kv_heads, groups, …)
+            queries = q.reshape(-1, groups, time, width)
+            k, v = (part.reshape(-1, keys, width) for part in (k, v))
+            out = torch.empty_like(queries)
+            weights, ends = [], []
+            for start in range(0, time, _BLOCK):
+                end = min(time, start + _BLOCK)
+                seen = end + keys - time if causal else keys
+                block = queries[:, :, start:end].reshape(-1, groups * (end - start), width)
+                scores = torch.bmm(block, k[:, :seen].mT).mul_(scale)
+                shaped = scores.view(batch, heads, end - start, seen)
+                if bias is not None:
+                    shaped.add_(bias[:, :, start:end, :seen].to(scores.dtype))
+                if mask is not None:
+                    shaped.masked_fill_(~mask[:, :, start:end, :seen], float("-inf"))
+                elif causal:
+                    own = shaped[..., seen - (end - start) :]
+                    own.masked_fill_(~_lower_triangle(end - start, end - start, q.device), float("-inf"))
+                share = torch.softmax(scores, -1)
+                out[:, :, start:end] = torch.bmm(share, v[:, :seen]).view(-1, groups, end - start, width)
+                weights.append(share)
+                ends.append((start, end, seen))
+        ctx.save_for_backward(queries, k, v, *weights)
+        ctx.ends, ctx.scale, ctx.shape = ends, scale, (batch, heads, time, width)
+        ctx.bias_shape = None if bias is None or not bias.requires_grad else bias.shape
+        return out.view(batch, heads, time, width)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[override]
+        queries, k, v, *weights = ctx.saved_tensors
+        batch, heads, time, width = ctx.shape
+        groups, keys = queries.shape[1], k.shape[1]
+        with torch.autocast(gradient.device.type, enabled=False):
+            gradient = gradient.reshape(-1, groups, time, width)
+            dq, dk, dv = torch.empty_like(queries), torch.zeros_like(k), torch.zeros_like(v)
+            dbias = None if ctx.bias_shape is None else k.new_zeros(ctx.bias_shape, dtype=torch.float32)
+            for share, (start, end, seen) in zip(weights, ctx.ends):
+                flat = (-1, groups * (end - start), width)
+                block, down = queries[:, :, start:end].reshape(flat), gradient[:, :, start:end].reshape(flat)
+                dscores = torch._softmax_backward_data(
+                    torch.bmm(down, v[:, :seen].mT), share, -1, share.dtype
+                )
+                if dbias is not None:
+                    shaped = dscores.view(batch, heads, end - start, seen)
+                    dbias[0, :, start:end, :seen] += shaped.sum(0, dtype=torch.float32)
+                dscores.mul_(ctx.scale)
+                dv[:, :seen].baddbmm_(share.mT, down)
+                dk[:, :seen].baddbmm_(dscores.mT, block)
+                dq[:, :, start:end] = torch.bmm(dscores, k[:, :seen]).view(-1, groups, end - start, width)
+        kv_shape = (batch, -1, keys, width)
+        return dq.view(ctx.shape), dk.view(kv_shape), dv.view(kv_shape), None, dbias, None, None

@@ -1,0 +1,393 @@
+"""A model's shape as Hugging Face's `config.json`, both ways; one pair of functions a kind of model. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from lexmill.errors import ConfigError, ModelError
+from lexmill.model.config import FAMILIES, ModelConfig
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+_ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
+
+
+class _Values:
+    """Reads typed values and complains by name."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise ModelError(
+                f"{self.where}: the key '{key}' is missing.", "The file may be cut off; copy it again."
+            )
+        number = kind is float and isinstance(value, int) and not isinstance(value, bool)
+        if not (isinstance(value, kind) or number) or (kind is int and isinstance(value, bool)):
+            raise ModelError(f"{self.where}: '{key}' should be of type {kind.__name__}, but is {value!r}.")
+        return kind(value)
+
+    def activation(self, key: str, default: str) -> str:
+        name = self.get(key, str, default)
+        if name not in _ACTIVATIONS:
+            raise ModelError(f"{self.where}: the activation '{name}' is not supported yet.")
+        return _ACTIVATIONS[name]
+
+    def rope(self) -> Mapping[str, Any]:
+        """The table of rotary parameters; transformers 4 kept those of scaled positions in another."""
+        tables = [self.values.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+        if not all(isinstance(table, Mapping) for table in tables):
+            raise ModelError(f"{self.where}: 'rope_parameters' should be a table.")
+        return {**tables[1], **tables[0]}
+
+    def refuse(self, problems: Mapping[str, bool]) -> None:
+        """A feature that would be ignored in silence is an error instead: the answers would differ."""
+        for problem, present in problems.items():
+            if present:
+                raise ModelError(f"{self.where}: {problem} is not supported yet.")
+
+    def plain_rope(self, rope: Mapping[str, Any]) -> float | None:
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        self.refuse({f"rotary scaling of type '{kind}'": kind != "default"})
+        theta = rope.get("rope_theta")
+        return float(theta) if isinstance(theta, (int, float)) else None
+
+
+def read_config(values: Mapping[str, Any], where: str, weights: Collection[str] = ()) -> ModelConfig:
+    """See `ModelConfig.from_huggingface`."""
+    reader = _Values(values, where)
+    family = reader.get("model_type", str)
+    if family not in _READERS:
+        raise ModelError(
+            f"{where}: the model type '{family}' is not supported.", f"Supported are {', '.join(_READERS)}."
+        )
+    try:
+        return ModelConfig(**FAMILIES[family], **_READERS[family](reader, family, weights))
+    except ConfigError as error:
+        raise ModelError(f"{where}: {error.message}", error.hint) from error
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """See `ModelConfig.to_huggingface`."""
+    return _WRITERS[config.family](config)
+
+
+def _read_decoder(reader: _Values, family: str, weights: Collection[str]) -> dict[str, Any]:
+    get, rope = reader.get, reader.rope()
+    heads, width = get("num_attention_heads", int), get("hidden_size", int)
+    reader.refuse(
+        {
+            "the activation '" + str(reader.values.get("hidden_act")) + "'": reader.activation(
+                "hidden_act", "silu"
+            )
+            != "silu",
+            "biases in attention": bool(reader.values.get("attention_bias")) and family != "qwen2",
+            "biases in the MLP": bool(reader.values.get("mlp_bias")),
+            "sliding-window attention": bool(reader.values.get("use_sliding_window")),
+        }
+    )
+    return {
+        "vocab_size": get("vocab_size", int),
+        "width": width,
+        "layers": get("num_hidden_layers", int),
+        "heads": heads,
+        "kv_heads": get("num_key_value_heads", int, heads),
+        "head_width": get("head_dim", int, width // max(heads, 1)),
+        "mlp_width": get("intermediate_size", int),
+        "context": get("max_position_embeddings", int, 2048),
+        "rope_theta": reader.plain_rope(rope) or get("rope_theta", float, 10000.0),
+        "norm_eps": get("rms_norm_eps", float, 1e-6),
+        "tied": get("tie_word_embeddings", bool, False),
+        "dropout": 0.0,
+    }
+
+
+def _write_decoder(config: ModelConfig) -> dict[str, Any]:
+    family = config.family
+    architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    values: dict[str, Any] = {
+        "architectures": [architecture[family]],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        # transformers 4 reads the first form, 5 the second
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tied,
+        "attention_dropout": 0.0,
+    }
+    if family == "llama":
+        return values | {"attention_bias": False, "mlp_bias": False}
+    return values | {"use_sliding_window": False} | ({"attention_bias": False} if family == "qwen3" else {})
+
+
+def _read_bert(reader: _Values, family: str, weights: Collection[str]) -> dict[str, Any]:
+    get = reader.get
+    heads, width = get("num_attention_heads", int), get("hidden_size", int)
+    kind = reader.values.get("position_embedding_type") or "absolute"
+    reader.refuse(
+        {
+            f"positions of the kind '{kind}'": kind != "absolute",
+            "BERT as a decoder": bool(reader.values.get("is_decoder")),
+            "cross-attention in BERT": bool(reader.values.get("add_cross_attention")),
+        }
+    )
+    architectures = reader.values.get("architectures") or []
+
+    def has(part: str, *made_by: str) -> bool:
+        if weights:
+            return any(part in name for name in weights)
+        return any(name in made_by for name in architectures)
+
+    pretraining, masked, pair = "BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction"
+    return {
+        "vocab_size": get("vocab_size", int),
+        "width": width,
+        "layers": get("num_hidden_layers", int),
+        "heads": heads,
+        "kv_heads": heads,
+        "head_width": width // max(heads, 1),
+        "mlp_width": get("intermediate_size", int),
+        "context": get("max_position_embeddings", int, 512),
+        "norm_eps": get("layer_norm_eps", float, 1e-12),
+        "activation": reader.activation("hidden_act", "gelu"),
+        "segments": get("type_vocab_size", int, 2),
+        "tied": get("tie_word_embeddings", bool, True),
+        "mlm": has("cls.predictions.", pretraining, masked),
+        "mlm_bias": has("cls.predictions.", pretraining, masked),
+        "pooler": has("pooler.dense.", pretraining, pair, "BertModel"),
+        "nsp": has("cls.seq_relationship.", pretraining, pair),
+        "dropout": get("hidden_dropout_prob", float, 0.1),
+    }
+
+
+def _write_bert(config: ModelConfig) -> dict[str, Any]:
+    architecture = (
+        "BertForPreTraining"
+        if config.mlm and config.nsp
+        else "BertForMaskedLM"
+        if config.mlm
+        else "BertForNextSentencePrediction"
+        if config.nsp
+        else "BertModel"
+    )
+    return {
+        "architectures": [architecture],
+        "model_type": "bert",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "hidden_act": _ACTIVATION_NAMES[config.activation],
+        "max_position_embeddings": config.context,
+        "layer_norm_eps": config.norm_eps,
+        "type_vocab_size": config.segments,
+        "position_embedding_type": "absolute",
+        "tie_word_embeddings": config.tied,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": 0.0,
+        "is_decoder": False,
+    }
+
+
+def _read_modernbert(reader: _Values, family: str, weights: Collection[str]) -> dict[str, Any]:
+    get = reader.get
+    heads, width, layers = (
+        get(key, int) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+    )
+    rope = reader.rope()
+    tables = {kind: rope.get(kind) or {} for kind in ("full_attention", "sliding_attention")}
+    theta = reader.plain_rope(tables["full_attention"]) or get("global_rope_theta", float, 160000.0)
+    local_theta = reader.plain_rope(tables["sliding_attention"]) or get("local_rope_theta", float, 10000.0)
+    every, window = _layer_pattern(reader, layers)
+    masked = not weights or any(name.startswith(("decoder.", "head.")) for name in weights)
+    reader.refuse(
+        {
+            "another activation in the head": masked
+            and reader.activation("classifier_activation", "gelu")
+            != reader.activation("hidden_activation", "gelu"),
+            "a head without a bias on its outputs": masked and not get("decoder_bias", bool, True),
+        }
+    )
+    return {
+        "vocab_size": get("vocab_size", int),
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": heads,
+        "head_width": width // max(heads, 1),
+        "mlp_width": get("intermediate_size", int),
+        "context": get("max_position_embeddings", int, 8192),
+        "rope_theta": theta,
+        "local_theta": local_theta,
+        "local_window": window,
+        "global_every": every,
+        "norm_eps": get("norm_eps", float, 1e-5),
+        "norm_bias": get("norm_bias", bool, False),
+        "activation": reader.activation("hidden_activation", "gelu"),
+        **_modern_biases(reader),
+        "tied": get("tie_word_embeddings", bool, True),
+        "mlm": masked,
+        "mlm_bias": masked and get("classifier_bias", bool, False),
+        "dropout": get("mlp_dropout", float, 0.0),
+    }
+
+
+def _modern_biases(reader: _Values) -> dict[str, bool]:
+    reader.refuse({"biases in attention": reader.get("attention_bias", bool, False)})
+    return {"mlp_bias": reader.get("mlp_bias", bool, False)}
+
+
+def _layer_pattern(reader: _Values, layers: int) -> tuple[int, int]:
+    """Every how many layers one sees all, and the window of the others (0: there are no others)."""
+    types = reader.values.get("layer_types")
+    every = reader.get("global_attn_every_n_layers", int, 3)
+    window = reader.get("local_attention", int, 128)
+    if types is not None:
+        local = [kind == "sliding_attention" for kind in types]
+        if not any(local):
+            return 3, 0
+        following = [index for index, small in enumerate(local) if not small and index]
+        every = following[0] if following else layers
+        if local != [bool(index % every) for index in range(layers)]:
+            raise ModelError(f"{reader.where}: this order of local and global layers is not supported.")
+    return every, window
+
+
+def _write_modernbert(config: ModelConfig) -> dict[str, Any]:
+    full, local = (
+        {"rope_type": "default", "rope_theta": theta} for theta in (config.rope_theta, config.local_theta)
+    )
+    return {
+        "architectures": ["ModernBertForMaskedLM" if config.mlm else "ModernBertModel"],
+        "model_type": "modernbert",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "hidden_activation": _ACTIVATION_NAMES[config.activation],
+        "classifier_activation": _ACTIVATION_NAMES[config.activation],
+        "max_position_embeddings": config.context,
+        "norm_eps": config.norm_eps,
+        "norm_bias": config.norm_bias,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        "classifier_bias": config.mlm_bias,
+        "decoder_bias": True,
+        "local_attention": config.local_window or 2 * config.context,
+        # transformers 4 reads the first three, 5 the other two
+        "global_attn_every_n_layers": config.global_every if config.local_window else 1,
+        "global_rope_theta": config.rope_theta,
+        "local_rope_theta": config.local_theta,
+        "layer_types": [
+            "sliding_attention" if config.is_local(layer) else "full_attention"
+            for layer in range(config.layers)
+        ],
+        "rope_parameters": {"full_attention": full, "sliding_attention": local},
+        "tie_word_embeddings": config.tied,
+        "embedding_dropout": config.dropout,
+        "mlp_dropout": config.dropout,
+        "attention_dropout": config.dropout,
+    }
+
+
+def _read_t5(reader: _Values, family: str, weights: Collection[str]) -> dict[str, Any]:
+    get = reader.get
+    layers, projection = get("num_layers", int), get("feed_forward_proj", str, "relu")
+    gated, _, name = projection.rpartition("-")
+    if name not in _ACTIVATIONS or gated not in ("", "gated"):
+        raise ModelError(f"{reader.where}: the MLP '{projection}' is not supported yet.")
+    # "gated-gelu" has always meant the tanh form (transformers, configuration_t5.py)
+    activation = "gelu_tanh" if projection == "gated-gelu" else _ACTIVATIONS[name]
+    tied = get("tie_word_embeddings", bool, True)
+    return {
+        "vocab_size": get("vocab_size", int),
+        "width": get("d_model", int),
+        "layers": layers,
+        "decoder_layers": get("num_decoder_layers", int, layers),
+        "heads": get("num_heads", int),
+        "kv_heads": get("num_heads", int),
+        "head_width": get("d_kv", int),
+        "mlp_width": get("d_ff", int),
+        "context": get("n_positions", int, 512),
+        "decoder_start": get("decoder_start_token_id", int, get("pad_token_id", int, 0)),
+        "relative_buckets": get("relative_attention_num_buckets", int, 32),
+        "relative_distance": get("relative_attention_max_distance", int, 128),
+        "norm_eps": get("layer_norm_epsilon", float, 1e-6),
+        "activation": activation,
+        "gated": bool(gated),
+        "tied": "lm_head.weight" not in weights if weights else tied,
+        # transformers 5 remembers by this key what 4 told from tie_word_embeddings
+        "scale_output": get("scale_decoder_outputs", bool, tied),
+        "dropout": get("dropout_rate", float, 0.1),
+    }
+
+
+def _write_t5(config: ModelConfig) -> dict[str, Any]:
+    activation = _ACTIVATION_NAMES[config.activation]
+    # "gated-gelu" is the tanh form; the exact one needs its other name
+    gated = {"gelu_new": "gelu", "gelu": "gelu_python"}.get(activation, activation)
+    projection = f"gated-{gated}" if config.gated else activation
+    return {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "vocab_size": config.vocab_size,
+        "d_model": config.width,
+        "d_kv": config.head_width,
+        "d_ff": config.mlp_width,
+        "num_layers": config.layers,
+        "num_decoder_layers": config.decoder_layers,
+        "num_heads": config.heads,
+        "n_positions": config.context,
+        "relative_attention_num_buckets": config.relative_buckets,
+        "relative_attention_max_distance": config.relative_distance,
+        "layer_norm_epsilon": config.norm_eps,
+        "feed_forward_proj": projection,
+        "dense_act_fn": activation,
+        "is_gated_act": config.gated,
+        "is_encoder_decoder": True,
+        "decoder_start_token_id": config.decoder_start,
+        # false means to both versions: do not scale the decoder's outputs
+        "tie_word_embeddings": config.scale_output,
+        "scale_decoder_outputs": config.scale_output,
+        "dropout_rate": config.dropout,
+    }
+
+
+_READERS: dict[str, Callable[[_Values, str, Collection[str]], dict[str, Any]]] = {
+    "llama": _read_decoder,
+    "qwen2": _read_decoder,
+    "qwen3": _read_decoder,
+    "bert": _read_bert,
+    "modernbert": _read_modernbert,
+    "t5": _read_t5,
+}
+_WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
+    "llama": _write_decoder,
+    "qwen2": _write_decoder,
+    "qwen3": _write_decoder,
+    "bert": _write_bert,
+    "modernbert": _write_modernbert,
+    "t5": _write_t5,
+}

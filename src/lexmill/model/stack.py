@@ -1,0 +1,69 @@
+"""Blocks one behind the other: what the three shapes of Transformer are put together from."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lexmill.model.block import Block, make_norm
+from lexmill.model.cache import Cache
+from lexmill.model.config import ModelConfig
+from lexmill.model.positions import RelativeBias, rotary_table
+from lexmill.model.scope import Record, Scope, window_mask
+
+
+class Stack(nn.Module):
+    """`layers` blocks, the position biases that they share, and the final norm of pre-norm shapes."""
+
+    def __init__(self, config: ModelConfig, layers: int, *, causal: bool, cross: bool = False) -> None:
+        super().__init__()
+        self.config, self.causal = config, causal
+        if config.positions == "relative":
+            self.relative = RelativeBias(
+                config.relative_buckets, config.heads, config.relative_distance, causal
+            )
+        self.blocks = nn.ModuleList(Block(config, layer, cross) for layer in range(layers))
+        self.norm = nn.Identity() if config.post_norm else make_norm(config)
+
+    def forward(
+        self,
+        x: Tensor,  # (batch, time, width): embeddings
+        positions: Tensor,  # (batch or 1, time)
+        mask: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,  # (batch or 1, 1, time or 1, keys)
+        record: Record | None = None,
+    ) -> Tensor:
+        """The last hidden states, normed: (batch, time, width)."""
+        wide, narrow = self._scopes(x, positions, mask, cache)
+        memory_scope = Scope(memory_mask) if memory is not None else None
+        if record:
+            record.hidden.append(x)
+        for index, block in enumerate(self.blocks):
+            scope = narrow if self.config.is_local(index) else wide
+            layer = cache.layers[index] if cache is not None else None
+            x = block(x, scope, layer, memory, memory_scope, record)
+            if record:
+                record.hidden.append(x)
+        x = self.norm(x)
+        if record:
+            record.hidden[-1] = x
+        return x
+
+    def _scopes(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None
+    ) -> tuple[Scope, Scope]:
+        """What layers that see all may look at, and what local ones may."""
+        config, time = self.config, x.shape[1]
+        rotary = bias = None
+        if config.positions == "rotary":
+            rotary = rotary_table(positions, config.head_width, config.rope_theta)
+        elif config.positions == "relative":
+            bias = self.relative(time, time + (cache.length if cache is not None else 0))
+        wide = Scope(mask, self.causal, rotary, bias)
+        if not config.local_window:
+            return wide, wide
+        window = window_mask(time, config.local_window, x.device)
+        table = rotary_table(positions, config.head_width, config.local_theta)
+        return wide, Scope(window if mask is None else mask & window, self.causal, table)

@@ -1,0 +1,156 @@
+"""Documents as sentences, and tokens as words: what masking and next-sentence prediction need to know."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lexmill.data.documents import read_documents
+from lexmill.data.shards import TokenShard, write_token_shard
+from lexmill.errors import ConfigError, DataError
+from lexmill.progress import SILENT, Progress
+from lexmill.tokenizer.tokenizer import Tokenizer
+
+# Behind a full stop of Chinese, or of a spaced script and white space, and at the end of a line.
+_END = re.compile(r"(?<=[。！？；!?…])(?=[^。！？；!?…”’」』）)])|(?<=[.!?;][\s\"'”’)])\s*|\n+")
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, in order, without white space around them."""
+    return [part for part in (piece.strip() for piece in _END.split(text)) if part]
+
+
+class Sentences:
+    """The tokenized sentences of a split's documents, mapped from disk.
+
+    Two token shards with the same cuts: one of ids, in which the tokenizer's separator stands
+    between sentences, and one that is 1 where a token continues the word of the one before.
+    """
+
+    def __init__(self, ids: TokenShard, continues: TokenShard, separator: int) -> None:
+        self._ids, self._continues, self._separator = ids, continues, separator
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all, separators included."""
+        return self._ids.tokens
+
+    def __getitem__(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, continues) of each sentence of document `index`; both (n,)."""
+        ids, continues = self._ids[index].astype(np.int64), self._continues[index].astype(bool)
+        cuts = np.flatnonzero(ids == self._separator)
+        starts, ends = [0, *(cuts + 1)], [*cuts, len(ids)]
+        return [(ids[a:b], continues[a:b]) for a, b in zip(starts, ends) if b > a]
+
+
+def tokenize_sentences(
+    documents: Path,
+    tokenizer: Tokenizer,
+    out: Path,
+    *,
+    chinese_words: bool,
+    progress: Progress = SILENT,
+) -> dict[str, Sentences]:
+    """Turn the text documents of both splits into `Sentences`, in token shards below `out`.
+
+    Args:
+        chinese_words: find words in Chinese text (with the package jieba), where every character
+            is a token of its own and nothing tells words apart.
+
+    Raises:
+        DataError: there are no text documents.
+        ConfigError: jieba is not installed.
+    """
+    _, separator = tokenizer.require_separators()
+    found = {}
+    for split in ("train", "validation"):
+        with progress.task(f"tokenizing {split}", None, "documents") as task:
+            words = _Words(tokenizer, chinese_words)
+            flags: list[np.ndarray] = []
+
+            def encoded(split: str = split, task: Any = task, words: _Words = words, flags: list = flags):
+                for document in read_documents(documents / f"{split}.parquet"):
+                    if document.kind != "text" or not document.text:
+                        continue
+                    task.advance()
+                    ids, continues = words.document(split_sentences(document.text), separator)
+                    if len(ids):
+                        flags.append(continues)
+                        yield ids.tolist(), len(document.text.encode("utf-8"))
+
+            ids = _write(out / split, encoded(), tokenizer)
+            continues = _write(out / f"{split}-words", ((flag.tolist(), 0) for flag in flags), tokenizer)
+            found[split] = Sentences(ids, continues, separator)
+    if not len(found["train"]):
+        raise DataError(
+            f"{documents}: there are no text documents to pretrain on.", "Add a source of kind 'text'."
+        )
+    return found
+
+
+def _write(folder: Path, documents: Iterator, tokenizer: Tokenizer) -> TokenShard:
+    return write_token_shard(
+        folder, documents, vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256
+    )
+
+
+class _Words:
+    """Which tokens continue a word."""
+
+    def __init__(self, tokenizer: Tokenizer, chinese: bool) -> None:
+        self._tokenizer, self._continues = tokenizer, tokenizer.continues_word
+        self._cut: Any = _chinese_cutter() if chinese else None
+
+    def document(self, sentences: list[str], separator: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all sentences with separators between, and what continues a word; both (n,)."""
+        parts: list[list[int]] = []
+        flags: list[np.ndarray] = []
+        for sentence, ids in zip(sentences, self._tokenizer.encode_plain(sentences)):
+            if not ids:
+                continue
+            if parts:
+                parts.append([separator])
+                flags.append(np.zeros(1, bool))
+            array = np.array(ids, np.int64)
+            continues = self._continues[array].copy()
+            if self._cut is not None and _CHINESE.search(sentence):
+                continues |= self._in_chinese_words(sentence, ids)
+            continues[0] = False
+            parts.append(ids)
+            flags.append(continues)
+        if not parts:
+            return np.zeros(0, np.int64), np.zeros(0, bool)
+        return np.concatenate([np.array(part, np.int64) for part in parts]), np.concatenate(flags)
+
+    def _in_chinese_words(self, sentence: str, ids: list[int]) -> np.ndarray:
+        """True where a token begins inside a word of jieba's."""
+        inside = np.ones(len(sentence) + 1, bool)
+        place = 0
+        for word in self._cut(sentence):
+            inside[place] = False
+            place += len(word)
+        framed, offsets = self._tokenizer.encode_with_offsets(sentence)
+        begins = [begin for token, (begin, end) in zip(framed, offsets) if end > begin]
+        if len(begins) != len(ids):  # a normaliser that drops characters: leave it to the vocabulary
+            return np.zeros(len(ids), bool)
+        return inside[np.array(begins)]
+
+
+def _chinese_cutter() -> Any:
+    try:
+        import jieba
+    except ImportError as error:
+        raise ConfigError(
+            "Masking whole Chinese words needs the package jieba, which is not installed.",
+            "pip install 'lexmill[chinese]', or set masking.chinese_words = false.",
+        ) from error
+    jieba.setLogLevel("ERROR")
+    return jieba.lcut
