@@ -64,7 +64,8 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     if not vocabulary:
         raise FormatError(f"{where}: the vocabulary is empty.", _COMPLETE)
     settings = _with_special_tokens(folder, settings, name, vocabulary)
-    changed = classes.added_bos_eos(changed, settings, vocabulary)
+    if not (folder / "tokenizer.json").exists():  # whose post-processor stands, whatever the settings say
+        changed = classes.added_bos_eos(changed, settings, vocabulary)
     changed = _with_added_tokens(changed, settings, vocabulary)
     text = text if changed is values else _to_text(changed)
     settings.setdefault("tokenizer_class", name or "PreTrainedTokenizerFast")
@@ -133,12 +134,12 @@ def _from_merges(folder: Path) -> dict[str, Any]:
 def _from_sentencepiece(path: Path, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     """tokenizer.json of a SentencePiece model: as the class `name` makes it, else as SentencePiece itself acts."""
     model = sentencepiece.read_sentencepiece(path)
-    rows = [[piece.text, piece.score] for piece in model.pieces]
+    rows: list[tuple[str, float]] = [(piece.text, piece.score) for piece in model.pieces]
     if name == "T5Tokenizer":  # which has sentinels behind the pieces, the last first
         count = settings.get("extra_ids", 100)
         if not isinstance(count, int) or not 0 <= count <= 1 << 16:
             raise FormatError(f"{path.parent}: 'extra_ids' is {count!r}, which is no count of sentinels.")
-        rows += [[special.sentinel(number), 0.0] for number in reversed(range(count))]
+        rows += [(special.sentinel(number), 0.0) for number in reversed(range(count))]
     if len({text for text, _ in rows}) < len(rows):
         raise FormatError(f"{path}: two pieces have the same text.", _COMPLETE)
     added = [
@@ -239,10 +240,10 @@ def _with_special_tokens(
         if key not in filled and text in vocabulary:
             filled[key] = text
     for key in special.TOKEN_NAMES:
-        text = _content(filled.get(key))
-        if text is not None and text not in vocabulary:
+        named = _content(filled.get(key))
+        if named is not None and named not in vocabulary:
             raise FormatError(
-                f"{folder}: '{key}' is {text!r}, which is not in the vocabulary.",
+                f"{folder}: '{key}' is {named!r}, which is not in the vocabulary.",
                 "tokenizer_config.json and the vocabulary come from different models.",
             )
     return filled

@@ -182,9 +182,9 @@ def end_template(end: str, end_id: int) -> dict[str, Any]:
 def added_bos_eos(
     values: dict[str, Any], settings: Mapping[str, Any], ids: Mapping[str, int]
 ) -> dict[str, Any]:
-    """tokenizer.json with the template that transformers 5 makes where a file says `add_bos_token` or `add_eos_token`.
+    """tokenizer.json with the template that `add_bos_token` and `add_eos_token` ask for.
 
-    Where neither is said, the file's own post-processor stands.
+    transformers 5 heeds these two only where there is no tokenizer.json on the disk.
 
     Args:
         ids: the vocabulary.
