@@ -10,7 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lexmill.formats.gguf import write_gguf
+from lexmill.errors import ModelError
+from lexmill.formats.blocks import BLOCK_TYPES
+from lexmill.formats.charsmap import compile_charsmap
+from lexmill.formats.gguf import boolean, f32, string, u32, write_gguf
+from lexmill.runtimes.gguf_tokenizer import tokenizer_metadata
+from lexmill.runtimes.llama_cpp import LlamaCpp
 from lexmill.runtimes.verify_cases import TEXTS
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.tokenizer.training import TokenizerConfig, train_tokenizer
@@ -91,15 +96,13 @@ def test_the_model_beside_them_changes_nothing(tmp_path, trained, kind, config):
     assert_same(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "kind,name", [("wordpiece, lowercase", "BertTokenizerFast"), ("unigram", "T5TokenizerFast")]
-)
+@pytest.mark.parametrize("kind,name", [("wordpiece", "BertTokenizerFast"), ("unigram", "T5TokenizerFast")])
 def test_the_classes_of_the_families_agree_too(tmp_path, trained, kind, name):
     """Who names BertTokenizer or T5Tokenizer gets the same ids, but for the cases that the docs list."""
     trained[kind].save(tmp_path)
     other = getattr(transformers, name).from_pretrained(tmp_path)
     for text in HARD:
-        if "▁" not in text and max(map(len, text.split()), default=0) <= 100:
+        if not {"▁", "\x85"} & set(text) and max(map(len, text.split()), default=0) <= 100:
             assert other.encode(text) == trained[kind].encode(text), text
 
 
@@ -190,7 +193,10 @@ OTHERS = {
         llama_form,
         {"tokenizer_config__json": {"tokenizer_class": "PreTrainedTokenizerFast", **NAMED}},
     ),
-    "llama, rebuilt": (llama_form, {"tokenizer_config__json": {"tokenizer_class": "LlamaTokenizer", **NAMED}}),
+    "llama, rebuilt": (
+        llama_form,
+        {"tokenizer_config__json": {"tokenizer_class": "LlamaTokenizer", **NAMED}},
+    ),
     "llama, rebuilt in the old way": (
         llama_form,
         {
@@ -263,7 +269,9 @@ def test_a_bert_directory_follows_its_settings(tmp_path, trained, options, form)
 def test_a_directory_of_merges_is_read(tmp_path, trained):
     model = json.loads(trained["bpe"].json)["model"]
     merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])])
-    write(tmp_path, vocab__json=model["vocab"], merges__txt=merges + "\n", config__json={"model_type": "gpt2"})
+    write(
+        tmp_path, vocab__json=model["vocab"], merges__txt=merges + "\n", config__json={"model_type": "gpt2"}
+    )
     ours, _ = assert_same(tmp_path)
     assert ours.token_bytes(ours.encode("\n")[0]) == b"\n"
     assert ours.ids.eos == model["vocab"]["<|endoftext|>"]
@@ -391,3 +399,125 @@ def test_a_sentencepiece_model_without_a_class_acts_as_its_own_library(tmp_path,
     for text in HARD:
         if "▁" not in text and not text.startswith("<"):
             assert ours.encode(text) == other.encode(text), text
+
+
+WIDTH, CONTEXT = 32, 64
+
+
+def shape_keys(family):
+    """The least that llama.cpp must know of a model of one layer."""
+    sizes = {"context_length": CONTEXT, "embedding_length": WIDTH, "block_count": 1}
+    sizes |= {"feed_forward_length": WIDTH, "attention.head_count": 1}
+    if family == "t5encoder":
+        sizes |= {"attention.key_length": WIDTH, "attention.value_length": WIDTH}
+        sizes |= {"attention.relative_buckets_count": 8}
+    norm = "layer_norm" if family == "bert" else "layer_norm_rms"
+    return {
+        "general.architecture": string(family),
+        **{f"{family}.{key}": u32(size) for key, size in sizes.items()},
+        f"{family}.attention.{norm}_epsilon": f32(1e-6),
+        f"{family}.attention.causal": boolean(False),
+    }
+
+
+def bert_weights(rows):
+    square, vector = (WIDTH, WIDTH), (WIDTH,)
+    yield from (("token_embd.weight", (rows, WIDTH)), ("position_embd.weight", (CONTEXT, WIDTH)))
+    yield ("token_types.weight", (2, WIDTH))
+    for name in ("token_embd_norm", "blk.0.attn_output_norm", "blk.0.layer_output_norm"):
+        yield from ((f"{name}.weight", vector), (f"{name}.bias", vector))
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down"):
+        yield from ((f"blk.0.{name}.weight", square), (f"blk.0.{name}.bias", vector))
+
+
+def t5_weights(rows):
+    square, vector = (WIDTH, WIDTH), (WIDTH,)
+    yield from (("token_embd.weight", (rows, WIDTH)), ("enc.output_norm.weight", vector))
+    yield ("enc.blk.0.attn_rel_b.weight", (8, 1))
+    yield from ((f"enc.blk.0.{name}_norm.weight", vector) for name in ("attn", "ffn"))
+    for name in ("attn_q", "attn_k", "attn_v", "attn_o", "ffn_gate", "ffn_up", "ffn_down"):
+        yield (f"enc.blk.0.{name}.weight", square)
+
+
+def toy_gguf(path, tokenizer, rows=None):
+    """A model of one layer of noise, around a tokenizer."""
+    rows = rows or tokenizer.vocab_size
+    family, weights = ("bert", bert_weights) if tokenizer.kind == "wordpiece" else ("t5encoder", t5_weights)
+    metadata = shape_keys(family) | tokenizer_metadata(tokenizer, rows, "toy")
+    if family == "bert":
+        metadata["tokenizer.ggml.token_type_count"] = u32(2)
+    rng = np.random.default_rng(0)
+    tensors = [
+        (name, shape, BLOCK_TYPES["F32"], lambda shape=shape: rng.random(shape, np.float32))
+        for name, shape in weights(rows)
+    ]
+    write_gguf(path, metadata, tensors)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "wordpiece, lowercase", "unigram"])
+def test_llama_cpp_gives_the_same_ids(tmp_path, trained, kind):
+    pytest.importorskip("xllamacpp")
+    tokenizer = trained[kind]
+    with LlamaCpp(toy_gguf(tmp_path / "m.gguf", tokenizer, tokenizer.vocab_size + 3), threads=1) as runtime:
+        for text in HARD:
+            assert runtime.tokenize(text) == tokenizer.encode(text), text
+
+
+def test_llama_cpp_gives_the_same_ids_for_t5_with_a_charsmap(tmp_path, trained):
+    """As T5's own files are: the normalisation is compiled, and nothing is said of the letter for a space."""
+    pytest.importorskip("xllamacpp")
+    charsmap = compile_charsmap({"\n": " ", "\t": " ", "é": "e", "Ⅷ": "VIII", "ｗ": "w", "\r": ""})
+    value = json.loads(trained["unigram"].json)
+    packed = base64.b64encode(charsmap).decode()
+    value["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": packed}
+    tokenizer = Tokenizer(json.dumps(value), trained["unigram"].ids, "", settings={})
+    with LlamaCpp(toy_gguf(tmp_path / "m.gguf", tokenizer), threads=1) as runtime:
+        for text in ("é", "café\nⅧ a\tb", "ｗide 🇨🇭 \r\n x", "plain", "", "我 éé"):
+            assert runtime.tokenize(text) == tokenizer.encode(text), text
+
+
+LETTERS = st.sampled_from("aábéçя\n\t 我🦊")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    table=st.dictionaries(LETTERS, st.text(LETTERS, max_size=3), min_size=1),
+    text=st.text(LETTERS, max_size=12),
+)
+def test_our_compiled_replacements_are_those_of_tokenizers(table, text):
+    """Of single code points: of longer keys `tokenizers` takes the shortest."""
+    theirs = normalizers.Precompiled(compile_charsmap(table))
+    assert theirs.normalize_str(text) == "".join(table.get(letter, letter) for letter in text)
+
+
+REFUSED = {
+    "wordpiece": {
+        "another mark": lambda value: value["model"].update(continuing_subword_prefix="@@"),
+        "another normalizer": lambda value: value.update(normalizer={"type": "Lowercase"}),
+        "do not stand alone": lambda value: value["normalizer"]["normalizers"][1].update(
+            handle_chinese_chars=False
+        ),
+        "another pre-tokenizer": lambda value: value.update(pre_tokenizer={"type": "Whitespace"}),
+        "another frame": lambda value: value.update(post_processor=None),
+        "two tokens, or none": lambda value: value["model"]["vocab"].update(
+            {"▁x": 500, "##▁x": 501, "##": 502}
+        ),
+    },
+    "unigram": {
+        "byte_fallback": lambda value: value["model"].update(byte_fallback=True),
+        "another pre-tokenizer": lambda value: value.update(pre_tokenizer={"type": "WhitespaceSplit"}),
+        "a normalizer": lambda value: value.update(normalizer={"type": "NFKC"}),
+        "one by one": lambda value: value.update(pre_tokenizer=value["pre_tokenizer"]["pretokenizers"][1]),
+        "another frame": lambda value: value.update(post_processor=None),
+    },
+}
+
+
+@pytest.mark.parametrize("kind,message", [(kind, message) for kind in REFUSED for message in REFUSED[kind]])
+def test_what_llama_cpp_would_apply_differently_is_refused(trained, kind, message):
+    value = json.loads(trained[kind].json)
+    REFUSED[kind][message](value)
+    tokenizer = Tokenizer(json.dumps(value), trained[kind].ids, "", settings={})
+    with pytest.raises(ModelError, match=message):
+        tokenizer_metadata(tokenizer, 510, "toy")

@@ -10,6 +10,7 @@ from lexmill.errors import ModelError
 from lexmill.formats.charsmap import compile_charsmap
 from lexmill.formats.gguf import Value, array, boolean, string, u32
 from lexmill.tokenizer.tokenizer import Tokenizer
+from lexmill.tokenizer.wordpiece import MARKS_LAST, SPACES_FIRST
 
 _NORMAL, _UNKNOWN, _CONTROL, _UNUSED = 1, 2, 3, 5
 _SPACE = "▁"
@@ -35,13 +36,16 @@ def wordpiece_metadata(
     Raises:
         ModelError: a form that llama.cpp would apply differently.
     """
-    model, normalizer = values["model"], values.get("normalizer") or {}
-    ids = tokenizer.ids
+    model, ids = values["model"], tokenizer.ids
+    steps = _steps(values.get("normalizer"), "normalizers")
+    normalizers = [step for step in steps if step not in (SPACES_FIRST, MARKS_LAST)]
+    normalizer = normalizers[0] if len(normalizers) == 1 else {}
     cls, sep = tokenizer.require_separators()
     _refuse(
         where,
         {
-            "another mark than '##' for what continues a word": model.get("continuing_subword_prefix") != "##",
+            "another mark than '##' for what continues a word": model.get("continuing_subword_prefix")
+            != "##",
             "another normalizer than BERT's": normalizer.get("type") != "BertNormalizer",
             "a normalizer that keeps control characters": not normalizer.get("clean_text", True),
             "Chinese characters that do not stand alone": not normalizer.get("handle_chinese_chars", True),
@@ -78,7 +82,11 @@ def wordpiece_metadata(
         "tokenizer.ggml.add_bos_token": boolean(True),
         "tokenizer.ggml.add_eos_token": boolean(True),
         "tokenizer.ggml.add_sep_token": boolean(False),
-        **{f"tokenizer.ggml.{name}_token_id": u32(token) for name, token in optional.items() if token is not None},
+        **{
+            f"tokenizer.ggml.{name}_token_id": u32(token)
+            for name, token in optional.items()
+            if token is not None
+        },
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lexmill.tokenizer import special
+from lexmill.tokenizer.fast import parse
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.tokenizer.transformers_classes import end_template, metaspace
 
@@ -26,7 +27,6 @@ def train_unigram(texts: Iterable[str], size: int, sentinels: int) -> Tokenizer:
     Args:
         texts: read twice.
     """
-    import tokenizers
     from tokenizers import models, trainers
 
     names = list(special.UNIGRAM_TOKENS.values())
@@ -43,7 +43,7 @@ def train_unigram(texts: Iterable[str], size: int, sentinels: int) -> Tokenizer:
         for text in texts:
             yield text.translate(dropped) if dropped else text
 
-    fast = tokenizers.Tokenizer.from_str(json.dumps(_tokenizer_json([[name, 0.0] for name in names])))
+    fast = parse(json.dumps(_tokenizer_json([[name, 0.0] for name in names])))
     fast.model = models.Unigram()
     trainer = trainers.UnigramTrainer(
         vocab_size=limit, special_tokens=names, unk_token="<unk>", show_progress=False

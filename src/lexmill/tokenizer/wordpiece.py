@@ -7,11 +7,30 @@ from collections.abc import Iterable
 from typing import Any
 
 from lexmill.tokenizer import special
+from lexmill.tokenizer.fast import parse
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.tokenizer.transformers_classes import bert_template
 
 # llama.cpp has no limit; `tokenizers` makes longer words unknown.
 _LONGEST_WORD = 100_000
+
+# Two steps that BERT's normaliser lacks and llama.cpp's has. To BERT these three characters are
+# control characters, which vanish, and to llama.cpp spaces.
+SPACES_FIRST = {"type": "Replace", "pattern": {"Regex": "[\\x0B\\x0C\\x{85}]"}, "content": " "}
+# Of the marks BERT strips those that take no room (Mn), and llama.cpp all.
+MARKS_LAST = {"type": "Replace", "pattern": {"Regex": "\\p{M}"}, "content": ""}
+
+
+def normalizer(lowercase: bool) -> dict[str, Any]:
+    """What happens to text before it is cut into words, as in tokenizer.json."""
+    own = {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": True,
+        "strip_accents": lowercase,
+        "lowercase": lowercase,
+    }
+    return {"type": "Sequence", "normalizers": [SPACES_FIRST, own, *([MARKS_LAST] if lowercase else [])]}
 
 
 def train_wordpiece(texts: Iterable[str], size: int, min_frequency: int, lowercase: bool) -> Tokenizer:
@@ -23,17 +42,13 @@ def train_wordpiece(texts: Iterable[str], size: int, min_frequency: int, lowerca
     Args:
         texts: read twice.
     """
-    import tokenizers
-    from tokenizers import models, normalizers, pre_tokenizers, trainers
+    from tokenizers import models, trainers
 
     names = list(special.WORDPIECE_TOKENS.values())
 
     def train(first: list[str], limit: int) -> dict[str, int]:
-        fast = tokenizers.Tokenizer(models.WordPiece(unk_token=names[1]))
-        fast.normalizer = normalizers.BertNormalizer(
-            clean_text=True, handle_chinese_chars=True, strip_accents=lowercase, lowercase=lowercase
-        )
-        fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        fast = parse(json.dumps(_tokenizer_json({name: token for token, name in enumerate(names)}, lowercase)))
+        fast.model = models.WordPiece(unk_token=names[1])
         trainer = trainers.WordPieceTrainer(
             vocab_size=limit,
             min_frequency=min_frequency,
@@ -65,13 +80,7 @@ def _tokenizer_json(vocabulary: dict[str, int], lowercase: bool) -> dict[str, An
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": vocabulary[text], "content": text, **flags} for text in names.values()],
-        "normalizer": {
-            "type": "BertNormalizer",
-            "clean_text": True,
-            "handle_chinese_chars": True,
-            "strip_accents": lowercase,
-            "lowercase": lowercase,
-        },
+        "normalizer": normalizer(lowercase),
         "pre_tokenizer": {"type": "BertPreTokenizer"},
         "post_processor": bert_template(
             names["cls_token"],
