@@ -12,6 +12,7 @@ from typing import Any
 
 from lexmill.errors import ModelError
 from lexmill.formats.gguf import Value, array, boolean, string, u32
+from lexmill.runtimes.gguf_encoder_tokenizers import unigram_metadata, wordpiece_metadata
 from lexmill.tokenizer.special import END_OF_TURN
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.tokenizer.training import QWEN2_PATTERN
@@ -39,7 +40,7 @@ END_TEXTS = frozenset(
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str, Value]:
-    """The `tokenizer.*` keys for a byte-level BPE tokenizer.
+    """The `tokenizer.*` keys for a byte-level BPE, WordPiece or unigram tokenizer.
 
     Args:
         tokenizer: as loaded from a model directory.
@@ -50,6 +51,9 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str,
         ModelError: a tokenizer that llama.cpp would apply differently; says what differs.
     """
     values = json.loads(tokenizer.json)
+    make = {"wordpiece": wordpiece_metadata, "unigram": unigram_metadata}.get(tokenizer.kind)
+    if make is not None:
+        return make(tokenizer, values, *_tokens(tokenizer, values, rows, where), where)
     pre = _check_form(values, where)
     texts, types = _tokens(tokenizer, values, rows, where)
     ids = tokenizer.ids
@@ -169,7 +173,7 @@ def _check_form(values: Mapping[str, Any], where: str) -> str:
             raise ModelError(
                 f"{where}: the tokenizer has {problem}, which llama.cpp would not "
                 "apply as tokenizer.json does.",
-                "Only byte-level BPE without a normalizer can be exported to GGUF.",
+                "Byte-level BPE without a normalizer, WordPiece and unigram can be exported to GGUF.",
             )
     steps = _pre_tokenizer_steps(values.get("pre_tokenizer"))
     if steps not in _PRE_TOKENIZERS:
