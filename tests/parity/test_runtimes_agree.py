@@ -155,8 +155,8 @@ def change_merges(monkeypatch, model, folder):
 
 def change_one_weight(monkeypatch, model, folder):
     weights = model.weights()
-    weights["blocks.1.mlp.down.weight"] = weights["blocks.1.mlp.down.weight"].copy()
-    weights["blocks.1.mlp.down.weight"][3, 5] += 3
+    weights["decoder.blocks.1.mlp.down.weight"] = weights["decoder.blocks.1.mlp.down.weight"].copy()
+    weights["decoder.blocks.1.mlp.down.weight"][3, 5] += 3
     return write_model_directory(folder, model.config, weights, model.tokenizer)
 
 

@@ -107,7 +107,7 @@ def test_query_and_key_are_permuted_for_llama_only(tmp_path, make_model):
     for shape, heads in [("llama", 4), ("qwen2", 1)]:
         model = make_model(tmp_path / shape, **SHAPES[shape])
         with GGUFFile.open(export_gguf(model, tmp_path / "m.gguf", "f32")) as file:
-            found, own = file.read("blk.1.attn_q.weight"), model.weight("blocks.1.attention.q.weight")
+            found, own = file.read("blk.1.attn_q.weight"), model.weight("decoder.blocks.1.attention.q.weight")
             np.testing.assert_array_equal(found, permute_rope(own, heads) if shape == "llama" else own)
 
 

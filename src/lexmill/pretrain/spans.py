@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,7 +101,7 @@ def span_examples(
             *range(full.raw - shift if len(ids) > full.raw else full.raw, len(ids), full.raw),
             len(ids),
         ]
-        for begin, stop in zip(cuts, cuts[1:]):
+        for begin, stop in itertools.pairwise(cuts):
             if stop - begin >= 2:
                 plan = full if stop - begin == full.raw else plan_text(stop - begin, config)
                 examples.append(corrupt(ids[begin:stop], plan, sentinels, end, start, random))

@@ -47,7 +47,9 @@ def train_wordpiece(texts: Iterable[str], size: int, min_frequency: int, lowerca
     names = list(special.WORDPIECE_TOKENS.values())
 
     def train(first: list[str], limit: int) -> dict[str, int]:
-        fast = parse(json.dumps(_tokenizer_json({name: token for token, name in enumerate(names)}, lowercase)))
+        fast = parse(
+            json.dumps(_tokenizer_json({name: token for token, name in enumerate(names)}, lowercase))
+        )
         fast.model = models.WordPiece(unk_token=names[1])
         trainer = trainers.WordPieceTrainer(
             vocab_size=limit,
