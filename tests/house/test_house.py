@@ -17,7 +17,7 @@ ROWS = [
     ["train"],
     ["model"],
     ["data", "tokenizer"],
-    ["formats"],
+    ["formats", "messages"],
     ["config", "devices", "progress"],
     ["files"],
     ["errors"],

@@ -64,10 +64,10 @@ def test_chat_template_renders_plain_chatml(tokenizer):
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
-        ("hello", "expected a list"),
+        ("hello", "is a string, not a list"),
         ([], "empty"),
-        ([{"role": "robot", "content": "x"}], "message 1 has the role 'robot'"),
-        ([{"role": "user", "content": "x"}, {"role": "assistant"}], "message 2 has no text"),
+        ([{"role": "robot", "content": "x"}], "message 1: its role 'robot' is unknown"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant"}], "message 2: its content is missing"),
     ],
 )
 def test_malformed_conversations_are_refused(messages, said):

@@ -264,7 +264,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-_BASE = ("errors", "files", "config")
+_BASE = ("errors", "files", "config", "messages")
 _TRAINING = (*_BASE, "tokenizer", "model", "train", "data", "formats")
 _RUNTIMES = (*_BASE, "tokenizer", "model", "formats", "inference", "runtimes")
 

@@ -4,38 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 from lexmill.errors import DataError, FormatError
-from lexmill.tokenizer.special import ROLES
+from lexmill.messages import check_messages
 
 MAX_TEMPLATE_CHARACTERS = 1 << 20
-
-
-def check_messages(messages: Any, where: str = "messages") -> list[dict[str, Any]]:
-    """`messages` as a list of dicts with a known "role" and a string "content".
-
-    Raises:
-        DataError: anything else; names the message by its number from 1.
-    """
-    hint = 'Each message looks like {"role": "user", "content": "Hello"}.'
-    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
-        raise DataError(f"{where}: expected a list of messages.", hint)
-    if not messages:
-        raise DataError(f"{where}: the conversation is empty.", hint)
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping):
-            raise DataError(f"{where}: message {number} is not an object.", hint)
-        if message.get("role") not in ROLES:
-            raise DataError(
-                f"{where}: message {number} has the role {message.get('role')!r}.",
-                f"Roles are {', '.join(ROLES)}.",
-            )
-        if not isinstance(message.get("content"), str):
-            raise DataError(f"{where}: message {number} has no text in 'content'.", hint)
-    return [dict(message) for message in messages]
 
 
 def render_chat(
