@@ -230,6 +230,7 @@ def _verify(place: Place) -> dict[str, Any]:
     verdicts = [check.passed for check in report.checks]
     return {
         "equal": verdicts.count(True),
+        "of these up to ties": sum(1 for check in report.checks if check.passed and check.ties),
         "different": verdicts.count(False),
         "not checked": verdicts.count(None),
     }
