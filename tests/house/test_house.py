@@ -17,7 +17,7 @@ ROWS = [
     ["train"],
     ["model"],
     ["data", "tokenizer"],
-    ["formats"],
+    ["formats", "messages"],
     ["config", "devices", "progress"],
     ["files"],
     ["errors"],
@@ -30,7 +30,7 @@ TORCH_FILES = {
     "inference/torch_backend.py",
     "cli/doctor.py",
     "runtimes/verify.py",
-    "runtimes/verify_checks.py",
+    "runtimes/verify_reference.py",
 }
 
 

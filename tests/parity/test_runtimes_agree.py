@@ -9,10 +9,11 @@ import pytest
 
 from lexmill.errors import FileError
 from lexmill.formats.gguf import GGUFFile
+from lexmill.inference.language_model import load
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
 from lexmill.model.names import weight_names, weight_shapes
-from lexmill.runtimes import gguf_tokenizer, llama_cpp, verify_checks
+from lexmill.runtimes import gguf_tokenizer, llama_cpp, verify_checks, verify_reference, verify_report
 from lexmill.runtimes.huggingface import export_huggingface
 from lexmill.runtimes.llama_cpp import LlamaCpp, RuntimeFailure, export_gguf
 from lexmill.runtimes.verify import verify
@@ -39,7 +40,7 @@ def make_weights(config, seed=0):
     weights = {}
     for name, shape in weight_shapes(config).items():
         noise = rng.standard_normal(shape)
-        scale = 0.3 if len(shape) == 1 else 1.5 / shape[-1] ** 0.5
+        scale = 0.3 if len(shape) == 1 else 1.0 / shape[-1] ** 0.5
         weights[name] = (1 + 0.1 * noise if "norm" in name else scale * noise).astype(np.float32)
         if name in ("embed.weight", "head.weight"):
             weights[name][512:] = 0  # rows without a token are never the likeliest
@@ -88,7 +89,7 @@ def test_all_runtimes_agree(tmp_path, models, shape):
         }
     else:
         assert not wrong and report.passed and report.exit_code == 0, wrong
-    assert len(report.checks) == 6 + 4 * 7
+    assert len(report.checks) == 6 + 4 * 7 + 2  # of which `rounding`, for bf16 and q8_0
     assert {"transformers", "llama.cpp f32", "llama.cpp q8_0"} <= {check.runtime for check in report.checks}
     json.dumps(report.to_json())
     exact = [check for check in report.checks if check.runtime == "llama.cpp f32" and check.check == "logits"]
@@ -189,16 +190,138 @@ def test_verify_finds_what_is_broken(
     assert report.exit_code == 1 and not report.passed
 
 
+def patch_tensor(change, name):
+    def breakage(path, type):
+        with GGUFFile.open(path) as file:
+            info = file.tensors[name]
+        data = np.fromfile(path, np.uint8)
+        change(data[info.offset : info.offset + info.size], type)
+        data.tofile(path)
+
+    return breakage
+
+
+def one_scale(data, type):
+    """The first block's weights are 1 % too large."""
+    if type == "q8_0":
+        scale = data[:2].view("<f2")
+        scale[:] = scale * np.float16(1.01)
+    else:
+        weights = (data[:64].view("<u2").astype("<u4") << 16).view("<f4") * np.float32(1.01)
+        data[:64].view("<u2")[:] = weights.view("<u4") >> 16
+
+
+def one_norm(data, type):
+    data[:4].view("<f4")[:] *= np.float32(1.001)
+
+
+def patch_number(key):
+    def breakage(path, type):
+        data = path.read_bytes()
+        at = data.index(key.encode()) + len(key) + 4  # behind the key comes the type, then the value
+        value = (np.frombuffer(data[at : at + 4], "<f4") * np.float32(1.01)).tobytes()
+        path.write_bytes(data[:at] + value + data[at + 4 :])
+
+    return breakage
+
+
+@pytest.mark.parametrize("type", ["bf16", "q8_0"])
+@pytest.mark.parametrize(
+    "breakage",
+    [
+        patch_tensor(one_scale, "blk.1.ffn_down.weight"),
+        patch_tensor(one_norm, "blk.0.attn_norm.weight"),
+        patch_number("llama.rope.freq_base"),
+        patch_number("llama.attention.layer_norm_rms_epsilon"),
+    ],
+    ids=["scale", "norm", "rope", "epsilon"],
+)
+def test_a_slightly_wrong_file_fails_too(tmp_path, models, without_transformers, breakage, type):
+    """1 % on one block of 32 weights, or on one constant; 0.1 % on one weight of a norm."""
+    file = export_gguf(models("llama"), tmp_path / "m.gguf", type)
+    breakage(file, type)
+    assert "weights" in failed(verify(models("llama").path, [file], prompts=["The"], tokens=4))
+
+
+@pytest.mark.parametrize("type", ["bf16", "q8_0"])
+def test_rounded_activations_explain_what_llama_cpp_does(tmp_path, models, type):
+    """lexmill with its activations rounded is far nearer to llama.cpp than without; so is each kind of product."""
+    model, texts = models("llama"), [[5, 80, 200], [17], [300, 12, 9, 44, 131]]
+    file = export_gguf(model, tmp_path / "m.gguf", type)
+    reference = verify_reference.Reference(load(model.path), model, ["The"], 2)
+    with GGUFFile.open(file) as opened:
+        own = reference.with_weights(llama_cpp.file_weights(opened, model), type)
+    with LlamaCpp(file, threads=1) as runtime:
+        theirs = runtime.logprobs(texts, 512)
+    plain, rounded = (
+        np.median([np.abs(own.row(ids, rounded=flag) - row).max() for ids, row in zip(texts, theirs)])
+        for flag in (False, True)
+    )
+    assert rounded < plain / 3
+
+
+def test_weights_come_back_from_a_file_in_lexmill_s_order(tmp_path, models):
+    for shape in ("llama", "qwen2"):
+        model = models(shape)
+        with GGUFFile.open(export_gguf(model, tmp_path / f"{shape}.gguf", "f32")) as file:
+            back = llama_cpp.file_weights(file, model)
+        for name, weight in model.weights().items():
+            np.testing.assert_array_equal(back[name], weight)
+
+
+class Choosy:
+    """A runtime that agrees with lexmill on everything but one token of a continuation."""
+
+    def __init__(self, reference, rank):
+        self.reference, self.rank = reference, rank
+
+    def greedy(self, ids, limit):
+        first = np.argsort(-self.reference.row(ids))[self.rank]
+        return [int(first), *self.reference.model.generate_ids([*ids, int(first)], max_tokens=limit - 1)]
+
+    def logprobs(self, prompts, vocabulary):
+        return np.stack([self.reference.row(ids) for ids in prompts])
+
+
+def test_another_choice_is_a_tie_only_within_the_gap(models):
+    model = models("llama")
+    reference = verify_reference.Reference(load(model.path), model, ["The"], 8)
+    loose = verify_checks.Tolerance(1.0, "KL", 100.0)
+    check = verify_checks.Comparison("x", Choosy(reference, 0), reference, loose).greedy()
+    assert check.passed and not check.ties and "identical" in check.detail
+    for tolerance in (
+        verify_checks.TOLERANCES["q8_0"],
+        loose,
+    ):  # loose: its own probabilities do not excuse it
+        check = verify_checks.Comparison("x", Choosy(reference, 3), reference, tolerance).greedy()
+        assert not check.passed and not check.ties
+
+
+def test_ties_are_told_apart_from_equal_texts(models):
+    model = models("llama")
+    reference = verify_reference.Reference(load(model.path), model, ["The"], 8)
+
+    class Rounding(Choosy):
+        def logprobs(self, prompts, vocabulary):
+            return super().logprobs(prompts, vocabulary) + 50 * (np.arange(vocabulary) % 2)
+
+    loose = verify_checks.Tolerance(1.0, "KL", 100.0)
+    check = verify_checks.Comparison("x", Rounding(reference, 1), reference, loose).greedy()
+    assert check.passed and check.ties == len(reference.greedy) and "but for ties" in check.detail
+    rows = verify_report.VerifyReport("m", {}, (check,)).table_rows()
+    assert rows[0][2] == "same*"
+
+
 def test_verify_finds_a_broken_transformers_directory(tmp_path, models, monkeypatch):
     """transformers reads the same files as lexmill, so lexmill's side is what is turned here."""
     model = models("llama")
-    reference = verify_checks.Reference
+    reference = verify_reference.Reference
 
     class Turned(reference):
         def row(self, ids):
             return super().row(ids) + (np.arange(self.vocabulary) == 9) * 1e-3
 
-    monkeypatch.setattr("lexmill.runtimes.verify.Reference", Turned)
+    monkeypatch.setattr("lexmill.runtimes.verify_reference.Reference", Turned)
     report = verify(model.path, prompts=["The"], tokens=4)
     assert failed(report) == {"logits"} and report.exit_code == 1
 

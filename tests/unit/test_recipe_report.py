@@ -293,6 +293,19 @@ def test_hashes_are_short_and_whole_in_their_title(tmp_path: Path) -> None:
     assert "12" * 32 not in page.text
 
 
+def test_a_check_that_passed_by_ties_is_shown_and_counted_apart(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rows = [{"runtime": "x", "check": f"c{ties}", "passed": passed, "ties": ties} for passed, ties in _TIED]
+    put(run / "verify.json", {"checks": rows})
+    page = report(run)
+    assert "3 of 4 checks equal" in page.text and "1 of them up to ties (equal*), 1 different" in page.text
+    assert page.text.count("equal*") == 4  # the tile, the count of all, that of the runtime, the row
+    assert "the rounding of the runtime decides" in page.text
+
+
+_TIED = ((True, 0), (True, 3), (True, 0), (False, 2))
+
+
 def test_a_check_that_was_not_made_never_looks_passed(tmp_path: Path) -> None:
     run = tmp_path / "run"
     put(

@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lexmill.errors import ConfigError, FileError, ModelError
+from lexmill.messages import ROLES
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
 from lexmill.model.names import weight_shapes
 from lexmill.runtimes.ollama import write_modelfile
 from lexmill.tokenizer.chat import render_chat
-from lexmill.tokenizer.special import CHAT_TEMPLATE, GO_TEMPLATE, ROLES, STOP_STRINGS
+from lexmill.tokenizer.special import CHAT_TEMPLATE, GO_TEMPLATE, STOP_STRINGS
 from lexmill.tokenizer.training import TokenizerConfig, train_tokenizer
 
 NAMES = {"FROM", "PARAMETER", "TEMPLATE", "SYSTEM", "LICENSE", "ADAPTER", "MESSAGE"}

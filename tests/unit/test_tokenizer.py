@@ -1,5 +1,9 @@
 """The tokenizer: every text comes back, streaming gives whole characters, special texts are handled."""
 
+import json
+import time
+
+import jinja2.sandbox
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,10 +68,10 @@ def test_chat_template_renders_plain_chatml(tokenizer):
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
-        ("hello", "expected a list"),
+        ("hello", "is a string, not a list"),
         ([], "empty"),
-        ([{"role": "robot", "content": "x"}], "message 1 has the role 'robot'"),
-        ([{"role": "user", "content": "x"}, {"role": "assistant"}], "message 2 has no text"),
+        ([{"role": "robot", "content": "x"}], "message 1: its role 'robot' is unknown"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant"}], "message 2: its content is missing"),
     ],
 )
 def test_malformed_conversations_are_refused(messages, said):
@@ -87,6 +91,72 @@ def test_malformed_conversations_are_refused(messages, said):
 def test_hostile_templates_are_refused(template):
     with pytest.raises(FormatError):
         render_chat(template, [{"role": "user", "content": "x"}])
+
+
+BOMBS = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endfor %}",
+    "filtered loop": "{% for a in range(99999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
+    "recursive loop": "{% for a in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
+    "range": "{% for a in range(10 ** 12) %}{% endfor %}",
+    "product": "{{ 'a' * 10 ** 9 }}",
+    "product of a list": "{{ ([1] * 10 ** 9)|length }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "doubling": "{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "doubling by +": "{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "macro": "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "branching macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "padding": "{{ 'a'|center(10 ** 10) }}",
+    "padding by a method": "{{ 'a'.ljust(10 ** 10) }}",
+    "padding by a format": "{{ '%9999999999d'|format(1) }}",
+    "padding by %": "{{ '%9999999999d' % 1 }}",
+    "padding by format()": "{{ '{:>9999999999}'.format(1) }}",
+    "indent": "{{ [1]|tojson(indent=10 ** 10) }}",
+    "replace": "{% set a = 'a' * 99999 %}{{ a.replace('a', a)|length }}",
+    "replace by a filter": "{% set a = 'a' * 99999 %}{{ a|replace('a', a)|length }}",
+    "join": "{{ range(99999)|join('a' * 99999) }}",
+    "map": "{% for a in range(9999) %}{{ range(99999)|map('abs')|sum }}{% endfor %}",
+    "sum": "{{ range(99999)|map('list')|sum(start=[]) }}",
+    "billion laughs": "{% set a = ['ha'] %}"
+    + "{% set a = [a, a, a, a, a, a, a, a, a, a] %}" * 12
+    + "{{ a }}",
+    "billion laughs as JSON": "{% set a = ['ha'] %}" + "{% set a = [a, a, a, a] %}" * 30 + "{{ a|tojson }}",
+    "lipsum": "{{ lipsum(n=10 ** 9) }}",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_template_that_works_without_end_is_stopped(bomb):
+    started = time.monotonic()
+    with pytest.raises(FormatError, match="chat template"):
+        render_chat(BOMBS[bomb], [{"role": "user", "content": "x"}])
+    assert time.monotonic() - started < 30  # far more than it needs; the limit itself is five seconds
+
+
+def test_ordinary_templates_work_in_the_sandbox():
+    template = (
+        "{% macro turn(m) %}<{{ m.role ~ '|' ~ loop_free }}>{{ m.content | trim }}{% endmacro %}"
+        "{% set ns = namespace(first=true) %}{% set loop_free = 1 %}"
+        "{% for m in messages %}{{ loop.index0 }}/{{ loop.length }}{{ '!' if loop.last else '' }}"
+        "{{ turn(m) }}{% if loop.previtem is defined %}{{ loop.previtem.role[:1] }}{% endif %}"
+        "{% if '</t>' in m.content %}{{ m.content.split('</t>')[-1].lstrip('\n') }}{% endif %}{% endfor %}"
+        "{% for k, v in {'a': 1}.items() %}{{ k }}={{ v }}{% else %}none{% endfor %}"
+        "{% for m in messages if m.role == 'user' %}{{ loop.length }}{% break %}{% endfor %}"
+        "{{ messages | map(attribute='role') | join(', ') }}{{ [1, {'a': 'é'}] | tojson }}"
+        "{{ (messages | selectattr('role', 'equalto', 'user') | list | length) * 3 }}{{ '-' * 3 }}{{ 7 % 4 }}"
+        "{{ messages[::-1][0].role }}{{ '%s!' % 'x' }}{{ undefined_thing }}{{ 'a,b'.replace(',', ';') | upper }}"
+    )
+    said = [{"role": "user", "content": " q "}, {"role": "assistant", "content": "t</t>\nr"}]
+    plain = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    plain.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    assert render_chat(template, said) == plain.from_string(template).render(messages=said)
+
+
+def test_long_conversations_are_no_bomb():
+    said = [{"role": ("user", "assistant")[i % 2], "content": "word " * 50} for i in range(20_000)]
+    assert len(render_chat(CHAT_TEMPLATE, said)) > 5_000_000
 
 
 def test_bad_input_is_said_clearly(tokenizer, tmp_path):

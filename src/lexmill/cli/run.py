@@ -91,7 +91,7 @@ def _closing_table(folder: Path, nothing_to_do: bool, name: str) -> None:
             "replies seen_after exact",
         ).replace("_", " "),
         "export": said("export", "f32 megabytes", "q8_0 megabytes"),
-        "verify": said("verify", "equal", "different", "not checked"),
+        "verify": said("verify", "equal", "of these up to ties", "different", "not checked"),
         "report": str(folder / "report.html"),
     }
     for step, text in rows.items():

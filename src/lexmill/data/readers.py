@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from lexmill.data.documents import read_parquet_batches
 from lexmill.data.folders import find_inputs
 from lexmill.data.markup import html_to_text, markdown_to_text
 from lexmill.errors import DataError
+from lexmill.messages import check_messages, kind_of
 
-__all__ = ["ROLES", "RawDocument", "check_messages", "find_inputs", "read_raw"]
+__all__ = ["RawDocument", "find_inputs", "read_raw"]
 
-ROLES = ("system", "user", "assistant", "tool")
 FIELD_LIMIT = 64 << 20  # characters in a CSV field; Python's own limit of 131,072 is less than a book
 ROW_NEEDS = 'Each row needs "text" or "messages".'
 
@@ -86,39 +86,6 @@ def read_raw(path: Path | str, *, license: str = "", language: str = "") -> Iter
         raise DataError(f"{path}: this file holds no rows.", "Remove it, or put rows into it. " + ROW_NEEDS)
 
 
-def check_messages(messages: Any, where: str) -> tuple[dict[str, str], ...]:
-    """A conversation as a tuple of role and content; further keys of a message are left out.
-
-    Raises:
-        DataError: it is no list, is empty, or a message has no known role or no string as content.
-    """
-    form = f'"messages" is a list of {{"role", "content"}}; roles are {", ".join(ROLES)}.'
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise DataError(f'{where}: field "messages" is {_kind_of(messages)}, not a list.', form)
-    if not messages:
-        raise DataError(f'{where}: field "messages" is an empty conversation.', form)
-    checked = []
-    for number, message in enumerate(messages, 1):
-        at = f"{where}, message {number:,}"
-        if not isinstance(message, Mapping):
-            raise DataError(f"{at}: it is {_kind_of(message)}, not an object.", form)
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            said = "is missing" if role is None else f"{role!r} is unknown"
-            hint = suggest(role, ROLES) + " " if isinstance(role, str) else ""
-            raise DataError(f"{at}: its role {said}.", hint + form)
-        if not isinstance(content, str):
-            said = "is missing" if "content" not in message else f"is {_kind_of(content)}, not a string"
-            raise DataError(f"{at}: its content {said}.", form)
-        checked.append({"role": role, "content": content})
-    return tuple(checked)
-
-
-def _kind_of(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-    return names.get(type(value), "a list" if isinstance(value, list | tuple) else "an object")
-
-
 def _row_document(values: Mapping[str, Any], where: str, row: int) -> RawDocument:
     """Check the fields of one row; what is neither content nor a known field goes to `meta` as a string."""
     text, messages = values.get("text"), values.get("messages")
@@ -126,7 +93,7 @@ def _row_document(values: Mapping[str, Any], where: str, row: int) -> RawDocumen
         absent = "is missing" if "text" not in values else "is null"
         raise DataError(f'{where}: field "text" {absent}.', ROW_NEEDS)
     if text is not None and not isinstance(text, str):
-        raise DataError(f'{where}: field "text" is {_kind_of(text)}, not a string.', ROW_NEEDS)
+        raise DataError(f'{where}: field "text" is {kind_of(text)}, not a string.', ROW_NEEDS)
     extra = {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
         for key, value in values.items()
@@ -136,7 +103,7 @@ def _row_document(values: Mapping[str, Any], where: str, row: int) -> RawDocumen
         extra |= {str(key): str(value) for key, value in _pairs(values["meta"], where)}
     return RawDocument(
         text=text,
-        messages=None if messages is None else check_messages(messages, where),
+        messages=None if messages is None else _conversation(messages, where),
         row=row,
         language=str(values.get("language") or ""),
         license=str(values.get("license") or ""),
@@ -144,12 +111,18 @@ def _row_document(values: Mapping[str, Any], where: str, row: int) -> RawDocumen
     )
 
 
+def _conversation(messages: Any, where: str) -> tuple[dict[str, str], ...]:
+    """The role and content of each message; further keys are left out."""
+    checked = check_messages(messages, where)
+    return tuple({"role": message["role"], "content": message["content"]} for message in checked)
+
+
 def _pairs(meta: Any, where: str) -> list[tuple[Any, Any]]:
     try:
         return list(dict(meta).items())
     except (TypeError, ValueError):
         raise DataError(
-            f'{where}: field "meta" is {_kind_of(meta)}, not an object.', "Leave it out or mend it."
+            f'{where}: field "meta" is {kind_of(meta)}, not an object.', "Leave it out or mend it."
         ) from None
 
 
@@ -192,7 +165,7 @@ def _read_jsonl(path: Path) -> Iterator[RawDocument]:
         ) as error:  # nested too deeply, or an integer of thousands of digits
             raise DataError(f"{path}, line {number:,}: this JSON cannot be read ({error}).") from error
         if not isinstance(values, dict):
-            raise DataError(f"{where}: it is {_kind_of(values)}, not an object.", ROW_NEEDS)
+            raise DataError(f"{where}: it is {kind_of(values)}, not an object.", ROW_NEEDS)
         yield _row_document(values, where, number)
 
 

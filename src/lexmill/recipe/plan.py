@@ -11,11 +11,13 @@ from typing import Any
 
 import lexmill
 from lexmill.errors import LexmillError
-from lexmill.files import read_json, sha256_file, sha256_json
+from lexmill.files import explain_os_errors, read_json, sha256_file, sha256_json
 from lexmill.recipe.config import Recipe
 from lexmill.recipe.steps import STEP_KINDS, STEP_PACKAGES
 
 RECORD = "step.json"
+WORK = ".work"
+REDO = "redo.json"  # in WORK: the steps that `--from` asked for and that have not run since
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,34 @@ def read_record(run: Path, step: str) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def read_redo(run: Path) -> list[str]:
+    """The steps that were asked for with `--from` and have not run since: a killed run still owes them."""
+    path = run / WORK / REDO
+    try:
+        steps = read_json(path, "list of steps") if path.is_file() else []
+    except LexmillError:
+        return []
+    return [step for step in steps if step in STEP_KINDS] if isinstance(steps, list) else []
+
+
+def steps_from(start: str) -> list[str]:
+    """A step and all that need it, directly or not, in order."""
+    found = [start]
+    for step, kind in STEP_KINDS.items():
+        if step not in found and any(need in found for need in kind.needs):
+            found.append(step)
+    return [step for step in STEP_KINDS if step in found]
+
+
 def make_plan(recipe: Recipe, run: Path, start: str | None = None) -> list[Planned]:
     """Plan all steps in order.
 
     Args:
-        start: this step runs again, done or not. All that need it are planned too; when the time
-            comes, those whose inputs came out the same are passed over.
+        start: this step and all that need it run again, done or not.
     """
     plan: list[Planned] = []
     rerun: set[str] = set()
+    asked = {*read_redo(run), *(steps_from(start) if start else ())}
     for step, kind in STEP_KINDS.items():
         record = read_record(run, step)
         parts = {
@@ -65,10 +86,10 @@ def make_plan(recipe: Recipe, run: Path, start: str | None = None) -> list[Plann
             "packages": {name: _version(name) for name in STEP_PACKAGES.get(step, ())},
             "inputs": _inputs(recipe, run, step),
         }
-        if step == start:
-            reason = "asked for with --from"
-        elif changed := [need for need in kind.needs if need in rerun]:
+        if changed := [need for need in kind.needs if need in rerun]:
             reason = f"needs {', '.join(changed)}, which runs"
+        elif step in asked:
+            reason = "asked for with --from"
         else:
             reason = _why(record, parts, run)
         if reason:
@@ -88,6 +109,21 @@ def _inputs(recipe: Recipe, run: Path, step: str) -> dict[str, str]:
     return hashes
 
 
+def content_hash(path: Path) -> str:
+    """The SHA-256 of a file, computed anew only when the file is another one or was written since.
+
+    A run plans before each step, and would otherwise read every finished output each time.
+    """
+    with explain_os_errors(path, "read"):
+        state = path.stat()
+    return _hash_of(str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=65536)
+def _hash_of(path: str, *state: int) -> str:
+    return sha256_file(path)
+
+
 def _is_log(path: str) -> bool:
     """Files that hold times: they differ from run to run and decide nothing."""
     return Path(path).name in ("metrics.jsonl", "result.json", "verify.json", "samples.jsonl")
@@ -98,7 +134,7 @@ def _raw_files(recipe: Recipe) -> dict[str, str]:
 
     config = recipe.table("prepare")
     files = find_inputs([source.path for source in config.sources], recipe.base)
-    return {str(path): sha256_file(path) for path in files}
+    return {str(path): content_hash(path) for path in files}
 
 
 def _why(record: dict[str, Any], parts: dict[str, Any], run: Path) -> str:
@@ -121,7 +157,7 @@ def _why(record: dict[str, Any], parts: dict[str, Any], run: Path) -> str:
     for path, entry in record.get("outputs", {}).items():
         if not (run / path).is_file():
             return f"{path} is missing"
-        if (run / path).stat().st_size != entry["bytes"] or sha256_file(run / path) != entry["sha256"]:
+        if (run / path).stat().st_size != entry["bytes"] or content_hash(run / path) != entry["sha256"]:
             return f"{path} was changed by somebody"
     return ""
 

@@ -8,6 +8,7 @@ from typing import Any
 from lexmill.recipe import markup
 
 VERDICTS = {True: ("good", "equal"), False: ("bad", "different"), None: ("grey", "not checked")}
+TIED = ("good", "equal*")
 
 
 def overall_verdict(checks: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
@@ -15,11 +16,16 @@ def overall_verdict(checks: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]
         return markup.ABSENT, "", ""
     passed = [was_equal(check) for check in checks]
     equal, different, unchecked = passed.count(True), passed.count(False), passed.count(None)
-    more = [f"{different:,} different"] if different else []
+    tied = sum(map(was_tied, checks))
+    more = [f"{tied:,} of them up to ties (equal*)"] if tied else []
+    if different:
+        more.append(f"{different:,} different")
     if unchecked:
         more.append(f"{unchecked:,} not checked")
     tone = "bad" if different else "good" if equal else "grey"
-    return f"{equal:,} of {len(checks):,} checks equal", ", ".join(more) or "all were checked", tone
+    if not (different or unchecked):
+        more.append("all were checked")
+    return f"{equal:,} of {len(checks):,} checks equal", ", ".join(more), tone
 
 
 def verification(checks: Sequence[Mapping[str, Any]]) -> str:
@@ -51,7 +57,9 @@ def verification(checks: Sequence[Mapping[str, Any]]) -> str:
     )
     return (
         f"{head}<p>{verdict}; {more}. The same model in different runtimes, compared with lexmill's own. "
-        "“Not checked” says nothing either way.</p>"
+        "“Not checked” says nothing either way."
+        + (f" {_TIES}" if any(map(was_tied, checks)) else "")
+        + "</p>"
         + markup.scrolled(
             "checks of the runtimes", f"<thead><tr>{columns}</tr></thead>{''.join(bodies)}", "checks"
         )
@@ -59,8 +67,14 @@ def verification(checks: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+_TIES = (
+    "“Equal*”: the texts are not the same at every token, but wherever they part, lexmill keeps the two tokens so "
+    "near each other that the rounding of the runtime decides."
+)
+
+
 def check_row(check: Mapping[str, Any]) -> str:
-    tone, word = VERDICTS[was_equal(check)]
+    tone, word = TIED if was_tied(check) else VERDICTS[was_equal(check)]
     figure, tolerance = (
         "" if check.get(name) is None else markup.show_value(check[name], short=True)
         for name in ("figure", "tolerance")
@@ -79,3 +93,8 @@ def was_equal(check: Mapping[str, Any]) -> bool | None:
     """Only a plain `true` is a pass; what is neither true nor false was not checked."""
     passed = check.get("passed")
     return passed if isinstance(passed, bool) else None
+
+
+def was_tied(check: Mapping[str, Any]) -> bool:
+    """Whether it passed, but not with the same tokens everywhere."""
+    return check.get("passed") is True and bool(check.get("ties"))

@@ -15,15 +15,22 @@ from lexmill.files import (
     explain_os_errors,
     remove_partials,
     replace_path,
-    sha256_file,
     write_json,
 )
 from lexmill.progress import SILENT, Progress, format_duration
 from lexmill.recipe.config import STEPS, Recipe, read_recipe, to_toml
-from lexmill.recipe.plan import Planned, make_plan, read_record, record_path
+from lexmill.recipe.plan import (
+    REDO,
+    WORK,
+    Planned,
+    content_hash,
+    make_plan,
+    read_record,
+    read_redo,
+    record_path,
+    steps_from,
+)
 from lexmill.recipe.steps import STEP_KINDS, Place
-
-WORK = ".work"
 
 
 def run(
@@ -39,7 +46,8 @@ def run(
     Args:
         recipe: a recipe or the path of one.
         out: the run directory; `runs/NAME` when not given.
-        start: run this step again, even if done; what needs it follows where its result came out otherwise.
+        start: run this step and all that need it again, even if done. Killed on the way, the next
+            call goes on with them, with or without `start`.
 
     Returns:
         The plan that was carried out. A step whose `reason` is empty was done already.
@@ -63,14 +71,24 @@ def run(
         with atomic_write(folder / "recipe.toml", "w") as file:
             file.write(to_toml(recipe))
         _compute_settings()
+        if start is not None:  # written down first: killed after this, the run still owes these steps
+            _write_redo(
+                folder, [step for step in STEP_KINDS if step in {*read_redo(folder), *steps_from(start)}]
+            )
         for step in STEP_KINDS:
             # planned anew: what a step reads is known only when the one before has ended
-            planned = next(
-                one for one in make_plan(recipe, folder, start if step == start else None) if one.step == step
-            )
+            planned = next(one for one in make_plan(recipe, folder) if one.step == step)
             if planned.reason:
                 _run_step(recipe, folder, planned, progress)
     return first
+
+
+def _write_redo(folder: Path, steps: list[str]) -> None:
+    path = folder / WORK / REDO
+    if steps:
+        write_json(path, steps)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def run_directory(recipe: Recipe, out: Path | None = None) -> Path:
@@ -127,7 +145,7 @@ def _run_step(recipe: Recipe, folder: Path, planned: Planned, progress: Progress
         for path in files:
             if path.is_file():
                 outputs[path.relative_to(folder).as_posix()] = {
-                    "sha256": sha256_file(path),
+                    "sha256": content_hash(path),
                     "bytes": path.stat().st_size,
                 }
     write_json(
@@ -141,6 +159,8 @@ def _run_step(recipe: Recipe, folder: Path, planned: Planned, progress: Progress
             "figures": figures,
         },
     )
+    if step in (owed := read_redo(folder)):
+        _write_redo(folder, [other for other in owed if other != step])
     shutil.rmtree(work, ignore_errors=True)
     told = ", ".join(f"{name} {_said(value)}" for name, value in list(figures.items())[:6])
     progress.say(f"  done in {format_duration(seconds)}: {told}")

@@ -234,6 +234,7 @@ def _verify(place: Place) -> dict[str, Any]:
     verdicts = [check.passed for check in report.checks]
     return {
         "equal": verdicts.count(True),
+        "of these up to ties": sum(1 for check in report.checks if check.passed and check.ties),
         "different": verdicts.count(False),
         "not checked": verdicts.count(None),
     }
@@ -268,7 +269,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-_BASE = ("errors", "files", "config")
+_BASE = ("errors", "files", "config", "messages")
 _TRAINING = (*_BASE, "tokenizer", "model", "train", "data", "formats")
 _RUNTIMES = (*_BASE, "tokenizer", "model", "formats", "inference", "runtimes")
 

@@ -15,13 +15,24 @@ from lexmill.errors import ConfigError, FormatError, LexmillError
 from lexmill.files import explain_os_errors, partial_name
 from lexmill.formats.blocks import BLOCK_TYPES, BlockType, encode
 from lexmill.formats.gguf import GGUFFile, TensorToWrite, Value, f32, string, u32, write_gguf
+from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.names import WeightName, weight_names, weight_shapes
 from lexmill.progress import SILENT, Progress, Task
 from lexmill.runtimes.gguf_tokenizer import tokenizer_metadata
 from lexmill.runtimes.llama_cpp_server import LlamaCpp, RuntimeFailure
 
-__all__ = ["FILE_TYPES", "LlamaCpp", "RuntimeFailure", "export_gguf", "permute_rope", "weight_error"]
+__all__ = [
+    "FILE_TYPES",
+    "LlamaCpp",
+    "RuntimeFailure",
+    "export_gguf",
+    "file_weights",
+    "permute_rope",
+    "setting_differences",
+    "unpermute_rope",
+    "weight_error",
+]
 
 # What a user may ask for, and general.file_type, which labels the file. Mixtures such as q4_k_m
 # will choose a type a tensor; `_type_of` is the place for that.
@@ -68,15 +79,24 @@ def export_gguf(
 
 
 def _metadata(model: ModelDirectory, type: str) -> dict[str, Value]:
-    config, family = model.config, model.config.family
+    config = model.config
     general = {
-        "general.architecture": string(family),
+        "general.architecture": string(config.family),
         "general.type": string("model"),
         "general.name": string(str(model.lineage.get("name") or model.path.resolve().name)),
         "general.file_type": u32(FILE_TYPES[type]),
     }
     if BLOCK_TYPES[type.upper()].quantised:
         general["general.quantization_version"] = u32(2)
+    return (
+        general
+        | shape_metadata(config)
+        | tokenizer_metadata(model.tokenizer, config.vocab_size, str(model.path))
+    )
+
+
+def shape_metadata(config: ModelConfig) -> dict[str, Value]:
+    """What a file says of a model's shape and constants."""
     shape = {
         "context_length": u32(config.context),
         "embedding_length": u32(config.width),
@@ -91,11 +111,7 @@ def _metadata(model: ModelDirectory, type: str) -> dict[str, Value]:
         "rope.freq_base": f32(config.rope_theta),
         "vocab_size": u32(config.vocab_size),
     }
-    return (
-        general
-        | {f"{family}.{key}": value for key, value in shape.items()}
-        | tokenizer_metadata(model.tokenizer, config.vocab_size, str(model.path))
-    )
+    return {f"{config.family}.{key}": value for key, value in shape.items()}
 
 
 class _Tensors:
@@ -153,6 +169,13 @@ def permute_rope(weight: np.ndarray, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
+def unpermute_rope(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Undo `permute_rope`."""
+    rest = weight.shape[1:]
+    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *rest)
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
 def _check_written(path: Path, metadata: dict[str, Value], writer: _Tensors) -> None:
     """What is on the disk is what was meant, or it does not get its name."""
     with GGUFFile.open(path) as file:
@@ -177,12 +200,18 @@ def _same(found: object, value: Value) -> bool:
     return found == (np.float32(value.value) if value.type == "f32" else value.value)
 
 
+# Half a step of each type, as a share of the largest weight in its block: 2^-11, 2^-8, and 1/254 plus
+# the rounding of the scale to f16. Norms and biases are f32 in every file: they must be exact.
+_HALF_STEPS = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 1 / 254 + 2.0**-10}
+
+
 def weight_error(file: GGUFFile, model: ModelDirectory) -> tuple[float, str]:
     """The largest error of a weight in a GGUF file, and the tensor where it is.
 
     Returns:
-        The error as a share of the largest weight in its block of 32 (in its row, where rows do not
-        divide), infinite where a tensor is missing or has another shape; and the tensor's name.
+        The error as a multiple of the largest that the tensor's type explains, so that up to 1 is
+        rounding; infinite where a tensor is missing, has another shape or should be exact; and the
+        tensor's name.
 
     Raises:
         FormatError: a tensor of a type that cannot be read yet.
@@ -193,11 +222,43 @@ def weight_error(file: GGUFFile, model: ModelDirectory) -> tuple[float, str]:
         info = file.tensors.get(name.gguf)
         if info is None or info.shape != weight.shape:
             return float("inf"), f"{name.gguf} is missing or has another shape"
+        if info.type.name not in _HALF_STEPS:
+            raise FormatError(f"{file.path}: the error of {info.type.name} tensors is not known.")
         block = 32 if weight.shape[-1] % 32 == 0 else weight.shape[-1]
         error = np.abs(file.read(name.gguf) - weight).reshape(-1, block).max(-1)
-        error = np.where(error <= 2.0**-24, 0, error)  # half-precision numbers end there
-        largest = np.maximum(np.abs(weight).reshape(-1, block).max(-1), np.finfo(np.float32).tiny)
-        share = float((error / largest).max())
+        allowed = np.abs(weight).reshape(-1, block).max(-1) * _HALF_STEPS[info.type.name]
+        # half-precision numbers, scales among them, end at 2^-24
+        allowed = np.maximum(allowed, 0 if info.type.name == "F32" else 2.0**-24)
+        share = float(np.max(np.where(error == 0, 0, error / np.maximum(allowed, _TINY))))
         if not share <= worst:  # true for NaN
             worst, where = share, name.gguf
     return worst, where
+
+
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+def file_weights(file: GGUFFile, model: ModelDirectory) -> dict[str, np.ndarray]:
+    """Every weight as a GGUF file holds it, float32, by lexmill's name and in lexmill's order of rows.
+
+    Raises:
+        FormatError: a tensor is missing, or of a type that cannot be read yet.
+    """
+    config = model.config
+    weights = {}
+    for name in weight_names(config):
+        weight = file.read(name.gguf)
+        if name.rope and config.family == "llama":
+            weight = unpermute_rope(weight, config.heads if name.rope == "q" else config.kv_heads)
+        weights[name.own] = weight
+    return weights
+
+
+def setting_differences(file: GGUFFile, model: ModelDirectory) -> list[str]:
+    """What a file says of the model's shape that is not so: one text a setting; what it leaves out is no error."""
+    expected = shape_metadata(model.config)
+    return [
+        f"{key} is {file.metadata[key]} instead of {value.value}"
+        for key, value in expected.items()
+        if key in file.metadata and not _same(file.metadata[key], value)
+    ]

@@ -215,6 +215,7 @@ def child() -> None:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.warmup = params.fit_params = params.ui = False
+    params.no_extra_bufts = True  # weights stay in the layout of the file, on every CPU
     params.n_threads_http = 1
     server = xllamacpp.Server(params)
     os.write(answer, (server.listening_address + "\n").encode())

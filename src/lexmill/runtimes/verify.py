@@ -11,7 +11,7 @@ import importlib.util
 import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,11 +20,14 @@ from lexmill.formats.gguf import GGUFFile
 from lexmill.inference.sampling import log_softmax
 from lexmill.model.directory import ModelDirectory
 from lexmill.progress import SILENT, Progress, Task
-from lexmill.runtimes.llama_cpp import FILE_TYPES, weight_error
+from lexmill.runtimes.llama_cpp import FILE_TYPES, file_weights, setting_differences, weight_error
 from lexmill.runtimes.llama_cpp_server import LlamaCpp
 from lexmill.runtimes.verify_cases import DEFAULT_PROMPTS
-from lexmill.runtimes.verify_checks import TOLERANCES, Comparison, Reference, Runtime, Tolerance
+from lexmill.runtimes.verify_checks import TOLERANCES, Comparison, Runtime, Tolerance, mean_divergence
 from lexmill.runtimes.verify_report import Check, VerifyReport
+
+if TYPE_CHECKING:
+    from lexmill.runtimes.verify_reference import Reference
 
 __all__ = ["DEFAULT_PROMPTS", "TOLERANCES", "Check", "VerifyReport", "verify"]
 
@@ -56,9 +59,10 @@ def verify(
         FileError, FormatError, ModelError: the model itself cannot be loaded by lexmill.
     """
     from lexmill.inference.language_model import load
+    from lexmill.runtimes.verify_reference import Reference
 
     directory = ModelDirectory.open(model)
-    with progress.task("verify", 7 + 7 * len(ggufs), "checks") as task:
+    with progress.task("verify", 7 + 8 * len(ggufs), "checks") as task:
         task.advance(0, "lexmill")
         reference = Reference(load(directory.path), directory, prompts, tokens)
         task.advance(1)
@@ -96,13 +100,35 @@ def _check_gguf(path: Path, reference: Reference, task: Task) -> Iterator[Check]
             number = file.metadata.get("general.file_type")
             type = next((type for type, known in FILE_TYPES.items() if known == number), None)
             name = f"llama.cpp {type or path.stem}"
-            tolerance = TOLERANCES[type] if type else None
-            yield _weights_check(name, file, reference.directory, tolerance)
+            check, own = _weights_check(name, file, reference, type)
+            yield check
     except LexmillError as error:
         yield Check(name, "weights", False, detail=str(error))
         return
     task.advance(1)
-    yield from _compare(name, _llama_cpp(path, reference), reference, tolerance, task)
+    yield from _compare(name, _llama_cpp(path, reference), own, TOLERANCES[type] if type else None, task)
+
+
+def _weights_check(
+    runtime: str, file: GGUFFile, reference: Reference, type: str | None
+) -> tuple[Check, Reference]:
+    """Whether a file holds the model, and lexmill running what it holds.
+
+    A file that does not hold the model is compared with the model itself: two that agree on something
+    else prove nothing.
+    """
+    directory = reference.directory
+    error, tensor = weight_error(file, directory)
+    wrong = setting_differences(file, directory)
+    detail = "; ".join([*wrong, f"largest error, as a multiple of the type's own rounding: {tensor}"])
+    if not error <= 1 or wrong:
+        return Check(runtime, "weights", False, error, 1, detail), reference
+    if error == 0 and type == "f32":
+        return Check(runtime, "weights", True, error, 1, "every weight is the model's own"), reference
+    own = reference.with_weights(file_weights(file, directory), type or "")
+    cost = mean_divergence(reference.logprobs, own.logprobs)
+    detail += f"; what rounding the weights costs: mean KL {cost:.2g} nats"
+    return Check(runtime, "weights", True, error, 1, detail), own
 
 
 @contextlib.contextmanager
@@ -112,16 +138,6 @@ def _llama_cpp(path: Path, reference: Reference) -> Iterator[Runtime]:
     context = min(config.context, max(512, reference.longest + 8))
     with LlamaCpp(path, threads=threads, context=context) as runtime:
         yield runtime
-
-
-def _weights_check(
-    runtime: str, file: GGUFFile, directory: ModelDirectory, tolerance: Tolerance | None
-) -> Check:
-    if tolerance is None:
-        return Check(runtime, "weights", None, detail="this type of file has no stated tolerance")
-    error, tensor = weight_error(file, directory)
-    detail = f"largest error, as a share of the largest weight in its block of 32: {tensor}"
-    return Check(runtime, "weights", error <= tolerance.weights, error, tolerance.weights, detail)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ class Check:
         figure: what was measured; None when nothing was.
         tolerance: the largest figure that passes.
         detail: for a reader: how many cases, and the first that differs.
+        ties: tokens of greedy continuations that are not lexmill's, and passed as ties.
     """
 
     runtime: str
@@ -29,6 +30,7 @@ class Check:
     figure: float | None = None
     tolerance: float | None = None
     detail: str = ""
+    ties: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,16 @@ class VerifyReport:
         write_json(path, self.to_json())
 
     def table_rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Rows for a table: runtime, check, result, "figure ≤ tolerance", detail."""
+        """Rows for a table: runtime, check, result ("same*" with ties), "figure ≤ tolerance", detail."""
         words = {True: "same", False: "DIFFERENT", None: "not checked"}
         return [
-            (check.runtime, check.check, words[check.passed], _comparison(check), check.detail)
+            (
+                check.runtime,
+                check.check,
+                words[check.passed] + ("*" if check.passed and check.ties else ""),
+                _comparison(check),
+                check.detail,
+            )
             for check in self.checks
         ]
 

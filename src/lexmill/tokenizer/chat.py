@@ -4,38 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 from lexmill.errors import DataError, FormatError
-from lexmill.tokenizer.special import ROLES
+from lexmill.messages import check_messages
 
 MAX_TEMPLATE_CHARACTERS = 1 << 20
-
-
-def check_messages(messages: Any, where: str = "messages") -> list[dict[str, Any]]:
-    """`messages` as a list of dicts with a known "role" and a string "content".
-
-    Raises:
-        DataError: anything else; names the message by its number from 1.
-    """
-    hint = 'Each message looks like {"role": "user", "content": "Hello"}.'
-    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
-        raise DataError(f"{where}: expected a list of messages.", hint)
-    if not messages:
-        raise DataError(f"{where}: the conversation is empty.", hint)
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping):
-            raise DataError(f"{where}: message {number} is not an object.", hint)
-        if message.get("role") not in ROLES:
-            raise DataError(
-                f"{where}: message {number} has the role {message.get('role')!r}.",
-                f"Roles are {', '.join(ROLES)}.",
-            )
-        if not isinstance(message.get("content"), str):
-            raise DataError(f"{where}: message {number} has no text in 'content'.", hint)
-    return [dict(message) for message in messages]
 
 
 def render_chat(
@@ -55,21 +31,37 @@ def render_chat(
 
     Raises:
         DataError: malformed messages, or the template itself refuses the conversation.
-        FormatError: the template is no valid Jinja, or tries to leave its sandbox.
+        FormatError: the template is no valid Jinja, tries to leave its sandbox, or works without end.
     """
     import jinja2
+
+    from lexmill.tokenizer.sandbox import rendering
 
     messages = check_messages(messages)
     compiled = _compile(template)
     try:
-        return compiled.render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **(special_texts or {})
-        )
+        with rendering():
+            return compiled.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **(special_texts or {})
+            )
     except _TemplateRefusal as error:
         raise DataError(f"The chat template refuses this conversation: {error}.") from error
     except jinja2.exceptions.SecurityError as error:
-        raise FormatError(f"The chat template tries something that is not allowed: {error}.") from error
-    except (jinja2.exceptions.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise FormatError(
+            f"The chat template does what is not allowed: {error}.",
+            "Use another template, or a model from another source.",
+        ) from error
+    except RecursionError as error:
+        raise FormatError("The chat template calls itself without end.") from error
+    except (
+        jinja2.exceptions.TemplateError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        MemoryError,
+    ) as error:
         raise FormatError(f"The chat template cannot be rendered: {error}.") from error
 
 
@@ -80,7 +72,8 @@ class _TemplateRefusal(Exception):
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> Any:
     import jinja2
-    import jinja2.sandbox
+
+    from lexmill.tokenizer.sandbox import Sandbox
 
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise FormatError(
@@ -95,13 +88,12 @@ def _compile(template: str) -> Any:
             value, ensure_ascii=ensure_ascii, indent=indent
         )  # not HTML-escaped, as in transformers
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    environment = Sandbox(
+        {"tojson": tojson}, trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(template)
-    except jinja2.exceptions.TemplateError as error:
+    except (jinja2.exceptions.TemplateError, RecursionError, SyntaxError) as error:
         raise FormatError(f"The chat template is not valid Jinja: {error}.") from error

@@ -1,0 +1,144 @@
+"""lexmill's own answers to what `verify` asks: of the model, and of a GGUF file's weights.
+
+A file of lower precision holds other weights than the model. What they change is the file's, and what
+llama.cpp makes of them is llama.cpp's: so a file is compared with lexmill running that file's weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from lexmill.errors import DataError
+from lexmill.inference.language_model import LanguageModel
+from lexmill.inference.sampling import log_softmax
+from lexmill.model.decoder import Decoder
+from lexmill.model.directory import ModelDirectory
+from lexmill.runtimes.verify_cases import CONVERSATIONS, TEXTS
+
+_EVERY = 16  # tokens of a continuation between two positions whose log-probabilities are compared
+
+
+class Reference:
+    """lexmill's own answers, each found once.
+
+    Attributes:
+        positions: texts as ids; the log-probabilities of what follows each are compared.
+        logprobs: (positions, vocabulary), lexmill's.
+        rounded_logprobs: the same with each product's activations rounded; None where nothing rounds.
+        greedy: (ids, limit, continuation) of each prompt.
+        rounding: the type to which the runtime rounds activations; "" for none.
+    """
+
+    def __init__(
+        self, model: LanguageModel, directory: ModelDirectory, prompts: Sequence[str], tokens: int
+    ) -> None:
+        self.model, self.directory, self.tokenizer = model, directory, directory.tokenizer
+        self.vocabulary, self.context = directory.config.vocab_size, directory.config.context
+        self.bos = self.tokenizer.encode("")
+        self.ids = {text: self.tokenizer.encode(text) for text in TEXTS}
+        self.texts = {text: self.tokenizer.decode(ids[len(self.bos) :]) for text, ids in self.ids.items()}
+        self.chats = list(self._chats())
+        asked = [self.tokenizer.encode(prompt) for prompt in prompts]
+        if self.chats:
+            asked.append(self.tokenizer.encode(self.chats[0][1]))
+        self.prompts = [ids for ids in asked if 0 < len(ids) < self.context - 1]
+        self.longest = max((len(ids) for ids in self.prompts), default=0) + tokens
+        self.rounding = ""
+        self.rounded_logprobs: np.ndarray | None = None
+        self._tokens = tokens
+        self.greedy = self._continued()
+        self.positions = [ids[:end] for ids in self.prompts for end in sorted({1, (len(ids) + 1) // 2})]
+        self.positions += [
+            ids + answer[:end] for ids, _, answer in self.greedy for end in range(0, len(answer) + 1, _EVERY)
+        ]
+        self.logprobs = np.stack([self.row(ids) for ids in self.positions])
+
+    def with_weights(self, weights: Mapping[str, np.ndarray], rounding: str) -> Reference:
+        """The same questions answered by the same model with other weights.
+
+        Args:
+            weights: every weight by lexmill's name.
+            rounding: one of `ROUNDING`, or "".
+        """
+        decoder = Decoder(self.directory.config)
+        decoder.load_weights(weights)
+        other = copy.copy(self)
+        other.model = LanguageModel(decoder.eval(), self.tokenizer)
+        other.greedy = other._continued()
+        other.logprobs = np.stack([other.row(ids) for ids in self.positions])
+        if rounding in ROUNDING:
+            other.rounding = rounding
+            other.rounded_logprobs = np.stack([other.row(ids, rounded=True) for ids in self.positions])
+        return other
+
+    def row(self, ids: Sequence[int], rounded: bool = False) -> np.ndarray:
+        """Log-probabilities of what follows `ids`: (vocabulary,)."""
+        return self._rows(ids, rounded)[-1]
+
+    def _rows(self, ids: Sequence[int], rounded: bool) -> np.ndarray:
+        with rounded_activations(self.rounding if rounded else ""):
+            return log_softmax(self.model.logits(ids))
+
+    def _continued(self) -> list[tuple[list[int], int, list[int]]]:
+        # the last position of the context stays free: runtimes count it differently
+        return [
+            (ids, limit, self.model.generate_ids(ids, max_tokens=limit))
+            for ids in self.prompts
+            for limit in [min(self._tokens, self.context - len(ids) - 1)]
+        ]
+
+    def _chats(self) -> Iterator[tuple[list[dict[str, str]], str]]:
+        if not self.tokenizer.chat_template:
+            return
+        for messages in CONVERSATIONS:
+            with contextlib.suppress(DataError):  # a template may refuse some, e.g. a system message
+                yield list(messages), self.tokenizer.render_chat(list(messages))
+
+    def choice_gaps(self, ids: list[int], chosen: list[int], limit: int, rounded: bool = False) -> np.ndarray:
+        """How far below lexmill's first choice each chosen token lies, given all that came before it."""
+        rows = self._rows(ids + chosen, rounded)[len(ids) - 1 :]
+        gaps = rows.max(-1)[: len(chosen)] - rows[np.arange(len(chosen)), chosen]
+        if len(chosen) < limit:  # it ended here: the best of the tokens that end a text was chosen
+            gaps = np.append(gaps, rows[-1].max() - rows[-1][list(self.tokenizer.ids.stop)].max())
+        return gaps
+
+
+def _to_q8_0(values: torch.Tensor) -> torch.Tensor:
+    """As ggml's quantize_row_q8_0 and back; rows that do not divide into blocks are f16, like their weights."""
+    if values.shape[-1] % 32:
+        return values.half().float()
+    blocks = values.reshape(-1, 32)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, torch.zeros_like(largest))
+    return (torch.round(blocks * inverse) * (largest / 127).half().float()).reshape(values.shape)
+
+
+# How llama.cpp rounds what it multiplies with weights of a type (ggml-cpu.c, `vec_dot_type`). It rounds for f16
+# as well, but imitating that brought the answers no nearer on a trained model, so nothing is said of it.
+ROUNDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "bf16": lambda values: values.bfloat16().float(),
+    "q8_0": _to_q8_0,
+}
+
+
+def rounded_activations(type: str) -> contextlib.AbstractContextManager[Any]:
+    """Within this block the input of every product with weights is rounded as llama.cpp does for `type`."""
+    return _Rounded(ROUNDING[type]) if type else contextlib.nullcontext()
+
+
+class _Rounded(TorchFunctionMode):
+    def __init__(self, rounding: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._rounding = rounding
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            args = (self._rounding(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
