@@ -25,6 +25,27 @@ def lexmill(*arguments, cwd=None, env=None, text=None, timeout=300):
     )
 
 
+def randomise(model, deviation=0.15, norms=0.2, seed=11):
+    """Give a torch model random weights that are not degenerate: norms near 1, nothing zero."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            norm = "norm" in name.lower() and name.endswith("weight")
+            weight.copy_(1 + norms * noise if norm else deviation * noise)
+    return model
+
+
+@pytest.fixture(scope="session")
+def any_tokenizer():
+    """A tokenizer of fewer than 99 tokens, with ids that end a text."""
+    from lexmill.tokenizer.training import TokenizerConfig, train_tokenizer
+
+    return train_tokenizer(["the quick brown fox jumps"], TokenizerConfig(kind="characters"))
+
+
 @pytest.fixture(scope="session")
 def prose():
     """Some hundred thousand characters of a novel."""
@@ -59,21 +80,14 @@ def documents(tmp_path_factory, prose):
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory, tokenizer):
     """A model directory with random but not degenerate weights."""
-    import torch
-
+    from lexmill.model.build import build_model
     from lexmill.model.config import ModelConfig
-    from lexmill.model.decoder import Decoder
     from lexmill.model.directory import write_model_directory
 
     config = ModelConfig(
         vocab_size=512, width=64, layers=2, heads=4, kv_heads=2, head_width=16, mlp_width=96, context=128
     )
-    decoder = Decoder(config)
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for name, weight in decoder.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(1 + 0.1 * noise if "norm" in name else 0.12 * noise)
+    model = randomise(build_model(config), deviation=0.12, norms=0.1)
     path = tmp_path_factory.mktemp("models") / "model"
-    write_model_directory(path, config, decoder.weights(), tokenizer)
+    write_model_directory(path, config, model.weights(), tokenizer)
     return path

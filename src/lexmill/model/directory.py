@@ -209,4 +209,6 @@ def _as_stored(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> dict[s
     if config.family == "t5" and config.tied and not config.scale_output:
         # transformers 4 takes "no scaling" as "not tied" and then wants the projection; 5 ties all the same
         stored["lm_head.weight"] = stored["shared.weight"].copy()
+    if config.family == "bert" and config.mlm and not config.tied:
+        stored["cls.predictions.bias"] = stored["cls.predictions.decoder.bias"].copy()  # unused, but expected
     return stored

@@ -90,7 +90,9 @@ def _bert(config: ModelConfig) -> Iterator[WeightName]:
     if config.mlm:
         yield from _linear("mlm.dense", "cls.predictions.transform.dense", "", True)
         yield from _linear("mlm.norm", "cls.predictions.transform.LayerNorm", "", True)
-        yield WeightName("mlm.bias", "cls.predictions.bias", "")
+        # a projection of its own has a bias of its own, and transformers leaves the other one unused
+        own = "" if config.tied else "decoder."
+        yield WeightName("mlm.bias", f"cls.predictions.{own}bias", "")
         if not config.tied:
             yield WeightName("head.weight", "cls.predictions.decoder.weight", "")
     if config.nsp:
