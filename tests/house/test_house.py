@@ -19,6 +19,7 @@ ROWS = [
     ["data", "tokenizer"],
     ["formats"],
     ["config", "devices", "progress"],
+    ["page"],
     ["files"],
     ["errors"],
 ]
