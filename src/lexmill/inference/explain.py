@@ -226,7 +226,9 @@ class AttentionMap:
         if not special:
             rows, columns = _shown(queries), _shown(keys)
             weights = weights[np.ix_(rows, columns)]
-            hidden = np.zeros(len(rows)) if name == "strongest" else 1 - weights.sum(-1)
+            hidden = np.zeros(len(rows), np.float32)
+            if name != "strongest":
+                hidden = 1 - weights.sum(-1)
             if name != "strongest":
                 weights = _scaled(weights)
             queries, keys = tuple(queries[i] for i in rows), tuple(keys[i] for i in columns)
@@ -275,11 +277,23 @@ class AttentionMap:
             name, options: see `view`.
 
         Raises:
-            DataError: the text has no such word.
+            DataError, ConfigError: see `rows_of` and `view`.
         """
         view = self.view(name, **options)
-        wanted = self.queries[self.find(word)[0]]
-        return view.looks(view.queries.index(wanted))
+        return view.looks(self.rows_of(word, view)[0])
+
+    def rows_of(self, word: str, view: AttentionView) -> list[int]:
+        """The rows of a view of this map that are `word`.
+
+        Raises:
+            DataError: the text has no such word.
+            ConfigError: it is a special token, which the view hides.
+        """
+        wanted = {self.queries[index] for index in self.find(word)}
+        rows = [row for row, query in enumerate(view.queries) if query in wanted]
+        if not rows:
+            raise ConfigError(f"{word!r} is a special token, which this view hides.", "Add --special.")
+        return rows
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values; `from_json` reads it. Weights are rounded to 6 decimals."""

@@ -6,6 +6,7 @@ Both are single HTML files that load nothing from the network; see `lexmill.page
 from __future__ import annotations
 
 import base64
+import math
 from typing import Any
 
 import numpy as np
@@ -182,7 +183,7 @@ def _word_chart(found: WordInTexts) -> str:
         return top + (height - top - bottom) * (1 - cosine) / (1 - low)
 
     parts = []
-    for tick in np.linspace(np.ceil(low * 4) / 4, 1, int(round((1 - np.ceil(low * 4) / 4) * 4)) + 1):
+    for tick in np.arange(math.ceil(low * 4), 5) / 4:
         parts.append(
             f'<path class="grid" d="M{left} {y(tick):.1f}H{width - right}"/>'
             f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.2f}</text>'

@@ -73,10 +73,7 @@ def word_in_texts(
         DataError: a text without the word; says which.
         ValueError: hidden states of another shape than the text has tokens.
     """
-    if len(texts) < 2:
-        raise ConfigError("A word is compared between two texts or more.", "Give another text with the word.")
-    if not word.strip():
-        raise DataError("The word is empty.")
+    check_word(tokenizer, word, texts)
     chosen, others = [], []
     for text, states in zip(texts, hidden):
         states = np.asarray(states, np.float32)
@@ -86,8 +83,6 @@ def word_in_texts(
                 f"hidden states have shape {states.shape}, not (layers + 1, {len(parts)}, width)"
             )
         places = find_word(parts, word)
-        if not places:
-            raise word_missing(word, text, grouped(parts, text)[0])
         chosen.append(states[:, places[0]].mean(1))
         others.append(_other_words(parts, text, states, {index for place in places for index in place}))
     vectors = np.stack(chosen)
@@ -99,6 +94,23 @@ def word_in_texts(
         similarity=np.einsum("alw,blw->lab", unit, unit),
         baseline=_baseline(others, vectors.shape[1]),
     )
+
+
+def check_word(tokenizer: Tokenizer, word: str, texts: Sequence[str]) -> None:
+    """Refuse what `word_in_texts` cannot compare, before any model has run.
+
+    Raises:
+        ConfigError: fewer than two texts.
+        DataError: no word, or a text without it.
+    """
+    if len(texts) < 2:
+        raise ConfigError("A word is compared between two texts or more.", "Give another text with the word.")
+    if not word.strip():
+        raise DataError("The word is empty.")
+    for number, text in enumerate(texts, 1):
+        parts = pieces(tokenizer, text)
+        if not find_word(parts, word):
+            raise word_missing(word, text, grouped(parts, text)[0], f"text {number}")
 
 
 def _other_words(parts: Any, text: str, states: np.ndarray, left_out: set[int]) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -131,12 +132,12 @@ def find_word(parts: Sequence[Piece], word: str) -> list[list[int]]:
     return found
 
 
-def word_missing(word: str, text: str, parts: Iterable[Piece]) -> DataError:
+def word_missing(word: str, text: str, parts: Iterable[Piece], where: str = "the text") -> DataError:
     """The error that says which text lacks a word, and which words it has."""
     there = list(dict.fromkeys(piece.text for piece in parts if not piece.special))
     some = ", ".join(there[:12]) + (" …" if len(there) > 12 else "")
     shown = text if len(text) <= 80 else f"{text[:80]}…"
-    return DataError(f"The word {word!r} is not in the text {shown!r}.", f"Its words are: {some}.")
+    return DataError(f"The word {word!r} is not in {where}, {shown!r}.", f"Its words are: {some}.")
 
 
 # ---------------------------------------------------------------- offsets and words
@@ -172,7 +173,7 @@ def _words(text: str, places: Sequence[tuple[int, int]]) -> list[tuple[int, int]
     for start, end in places:
         cuts -= set(range(start + 1, end))
     edges = sorted(cuts | {0, len(text)})
-    return list(zip(edges, edges[1:]))
+    return list(itertools.pairwise(edges))
 
 
 def _cuts(text: str) -> list[int]:
@@ -180,9 +181,9 @@ def _cuts(text: str) -> list[int]:
     kinds = [_kind(character) for character in text]
     # Punctuation inside a word ("don't", "3.14", "well-known") is part of it.
     for index, kind in enumerate(kinds):
-        if kind == "mark" and 0 < index < len(kinds) - 1 and text[index] not in DASHES:
-            if kinds[index - 1] == "letter" and kinds[index + 1] == "letter":
-                kinds[index] = "letter"
+        inside = kinds[index - 1 : index] + kinds[index + 1 : index + 2] == ["letter", "letter"]
+        if kind == "mark" and inside and text[index] not in DASHES:
+            kinds[index] = "letter"
     return [
         index for index in range(1, len(text)) if kinds[index] != kinds[index - 1] or kinds[index] == "sign"
     ]
