@@ -53,7 +53,8 @@ def attention(
 
     number = _layer(layer)
     name = view or ("head" if head is not None else "mean")
-    whole: Any = load(model).attention(text, target=target)  # of tokens
+    loaded: Any = load(model)
+    whole = loaded.attention(text, target=target)  # of tokens
     parts = whole.part(part or ("cross" if target is not None else whole.kind))
     shown = parts if tokens else parts.words()
     seen = shown.view(name, layer=number, head=head, special=special)

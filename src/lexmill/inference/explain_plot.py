@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import io
 import textwrap
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -141,7 +143,11 @@ def _file(figure: Any, format: Format) -> bytes:
 
     buffer = io.BytesIO()
     # The same input gives the same bytes: no date, and ids that do not change from run to run.
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "lexmill"}):
+    with (
+        matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "lexmill"}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # said once, by `_fonts`
         metadata = {"Date": None} if format == "svg" else {"Software": None}
         figure.savefig(buffer, format=format, dpi=160, metadata=metadata, facecolor="white")
     return buffer.getvalue()
@@ -152,7 +158,11 @@ def _fonts(text: str) -> tuple[list[str], str]:
     from matplotlib import font_manager
 
     chosen = ["DejaVu Sans"]
-    missing = {ord(character) for character in text if character.isprintable() and not character.isspace()}
+    missing = {
+        ord(character)
+        for character in text
+        if not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf")
+    }
     missing -= _letters(font_manager.findfont("DejaVu Sans"))
     if not missing:
         return chosen, ""

@@ -41,7 +41,7 @@ def pieces(tokenizer: Tokenizer, text: str, ids: Sequence[int] | None = None) ->
 
     Words are runs without white space, less the punctuation around them; each Han or kana
     character is one, unless a token holds several. White space that is a token of its own is a
-    word of its own.
+    word of its own, but for the single space before a word.
 
     Args:
         tokenizer: the model's.
@@ -87,7 +87,7 @@ def grouped(parts: Sequence[Piece], text: str) -> tuple[tuple[Piece, ...], list[
         words.append(
             Piece(
                 ids=tuple(token for i in member for token in parts[i].ids),
-                text=first.text if first.special else _visible(text[start:end]),
+                text=first.text if first.special else _visible(text[start:end]).strip(),
                 word=number,
                 start=start,
                 end=end,
@@ -122,7 +122,7 @@ def find_word(parts: Sequence[Piece], word: str) -> list[list[int]]:
             if index > first and piece.special:
                 break
             if piece.start >= end or piece.special:  # the bytes of one character repeat it
-                text += _folded(piece.text)
+                text += _folded(piece.text.strip("␣"))
                 end = piece.end
             whole = index + 1 == len(parts) or parts[index + 1].word != piece.word
             if text == wanted and whole and wanted:
@@ -172,6 +172,8 @@ def _words(text: str, places: Sequence[tuple[int, int]]) -> list[tuple[int, int]
     cuts = set(_cuts(text))
     for start, end in places:
         cuts -= set(range(start + 1, end))
+        if text[start:end] == " " and text[end : end + 1].strip():
+            cuts.discard(end)  # the space before a word is part of it, as in most tokens
     edges = sorted(cuts | {0, len(text)})
     return list(itertools.pairwise(edges))
 
