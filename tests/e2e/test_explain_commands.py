@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import lexmill
+
 from lexmill.inference.language_model import LanguageModel
 
 pytestmark = pytest.mark.skipif(

@@ -166,7 +166,11 @@ def _fonts(text: str) -> tuple[list[str], str]:
     missing -= _letters(font_manager.findfont("DejaVu Sans"))
     if not missing:
         return chosen, ""
-    installed = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
+    installed = {
+        entry.name: entry.fname
+        for entry in font_manager.fontManager.ttflist
+        if "Last Resort" not in entry.name  # has every letter, as a box
+    }
     names = [name for name in WIDE_FONTS if name in installed]
     for name in [*names, *(name for name in sorted(installed) if name not in names)]:
         if found := missing & _letters(installed[name]):
