@@ -161,10 +161,11 @@ def _draw(
 ) -> None:
     from lexmill.inference.explain_plot import plot_grid, plot_view
 
+    caption = f"{shown.text} → {shown.key_text}" if shown.kind == "cross" else shown.text
     if grid:
-        picture, warning = plot_grid(shown, format, shown.text, special)
+        picture, warning = plot_grid(shown, format, caption, special)
     else:
-        picture, warning = plot_view(seen, format, shown.text, rows)
+        picture, warning = plot_view(seen, format, caption, rows)
     if warning:
         typer.echo(f"warning: {warning}", err=True)
     _write(path, picture, quiet)

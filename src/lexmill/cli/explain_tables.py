@@ -20,6 +20,7 @@ def show_all(view: AttentionView, screen: Any) -> None:
     from rich.text import Text
 
     most = max(float(view.weights.max(initial=0)), 1e-6)
+    length = BAR // 2 if screen.width >= 100 else 3
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("word", no_wrap=True)
     for place in range(min(3, len(view.keys))):
@@ -27,11 +28,11 @@ def show_all(view: AttentionView, screen: Any) -> None:
     for row, label in enumerate(view.query_labels):
         cells = [
             Text(f"{_percent(look.weight):>5} ", style="dim")
-            + Text(f"{_bar(look.weight / most, BAR // 2):<{BAR // 2}} ", style="not dim cyan")
-            + Text(look.text, style="not dim bold" if place == 0 else "not dim")
+            + Text(f"{_bar(look.weight / most, length):<{length}} ", style="not dim cyan")
+            + Text(_cut(look.text, 10), style="not dim bold" if place == 0 else "not dim")
             for place, look in enumerate(view.looks(row)[:3])
         ]
-        table.add_row(Text(label), *cells)
+        table.add_row(Text(_cut(label, 10)), *cells)
     screen.print(Text(f"Shown: {view.title}.", style="dim"))
     screen.print(table)
     show_matrix(view, screen)

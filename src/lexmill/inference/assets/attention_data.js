@@ -45,7 +45,7 @@ const levels = held.maps.map((map) => {
   const keys = map.keys ? tokensOf(map.keys) : queries;
   const { kind, name, layers, heads, bits } = map;
   const text = map.queries.text;
-  const shared = { kind, name, layers, heads, text, same: !map.keys };
+  const shared = { kind, name, layers, heads, text, keyText: map.keys && map.keys.text, same: !map.keys };
   const tokens = {
     ...shared,
     queries,

@@ -56,7 +56,8 @@ function drawAll() {
   state.pinned = Math.max(0, Math.min(state.pinned, queries.length - 1));
   state.query = state.pinned;
   fillControls();
-  element("text").textContent = map.text.length > 200 ? map.text.slice(0, 200) + "…" : map.text;
+  const cut = (text) => (text.length > 200 ? text.slice(0, 200) + "…" : text);
+  element("text").textContent = map.same ? cut(map.text) : `${cut(map.text)} → ${cut(map.keyText)}`;
   drawSentence();
   drawLines();
   drawMatrix();
