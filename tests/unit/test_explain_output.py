@@ -139,7 +139,7 @@ def in_browser(tmp_path, page, address):
 
 def answer(document):
     found = re.search(r'<p class="answer"[^>]*>(.*?)</p>', document, re.S)
-    return html.unescape(re.sub(r"<[^>]*>", "", found[1]))
+    return html.unescape(re.sub(r"<[^>]*>", "", found[1])).replace("\u00a0", " ")
 
 
 def percent(weight):

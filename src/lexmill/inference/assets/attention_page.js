@@ -13,7 +13,7 @@ function make(tag, attributes = {}, ...children) {
   return made;
 }
 
-const percent = (weight) => (weight >= 0.0995 || weight === 0 ? Math.round(weight * 100) : (weight * 100).toFixed(1)) + " %";
+const percent = (weight) => (weight >= 0.0995 || weight === 0 ? Math.round(weight * 100) : (weight * 100).toFixed(1)) + "\u00a0%";
 const nameOf = (piece) => (piece.special ? piece.text : `“${piece.text}”`);
 const queryAt = (row) => map.queries[queries[row]];
 const keyAt = (column) => map.keys[keys[column]];
@@ -181,8 +181,10 @@ function drawLines() {
   const width = Math.min(640, Math.max(300, element("lines").clientWidth || 560));
   const [from, to] = [width * 0.34, width * 0.62];
   const height = ROW * Math.max(queries.length, keys.length) + 8;
-  const room = Math.floor(from / 9);
-  const cut = (text) => (text.length > room ? text.slice(0, room - 1) + "…" : text);
+  const cut = (text, pixels) => {
+    const room = Math.floor(pixels / 8.5);
+    return text.length > room ? text.slice(0, room - 1) + "…" : text;
+  };
   const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, width, height, "aria-hidden": "true" });
   const middle = (index) => ROW * index + ROW / 2 + 4;
   queries.forEach((_, row) => {
@@ -196,9 +198,9 @@ function drawLines() {
     const zone = make("rect", { x: 0, y: middle(row) - ROW / 2, width: from, height: ROW, class: "zone" });
     zone.addEventListener("mouseenter", () => choose(row, false));
     zone.addEventListener("click", () => choose(row, true));
-    svg.append(make("text", { x: from - 8, y: middle(row) + 5, "text-anchor": "end", class: "from" }, cut(queryAt(row).text)), zone);
+    svg.append(make("text", { x: from - 8, y: middle(row) + 5, "text-anchor": "end", class: "from" }, cut(queryAt(row).text, from - 8)), zone);
   });
-  keys.forEach((_, column) => svg.append(make("text", { x: to + 8, y: middle(column) + 5, class: "to" }, cut(keyAt(column).text))));
+  keys.forEach((_, column) => svg.append(make("text", { x: to + 8, y: middle(column) + 5, class: "to" }, cut(keyAt(column).text, width - to - 56))));
   keys.forEach((_, column) => svg.append(make("text", { x: width - 4, y: middle(column) + 5, class: "number", "text-anchor": "end" })));
   element("lines").replaceChildren(svg);
 }
@@ -256,7 +258,12 @@ function accent() {
 }
 
 function drawGrid() {
-  const [red, green, blue] = accent();
+  const color = accent();
+  const key = [state.part, state.special, state.tokens, color].join();
+  for (const button of element("grid").querySelectorAll("button")) markOpen(button);
+  if (element("grid").key === key) return;
+  element("grid").key = key;
+  const [red, green, blue] = color;
   element("grid-note").textContent =
     "Each square is one head: rows look at columns. The line below it says where the chosen word looks most by that head" +
     (state.special ? "." : "; a pale square is a head that looks at special tokens, which are hidden.") +
@@ -275,14 +282,20 @@ function drawGrid() {
       const button = make("button", { type: "button" }, make("span", { class: "square" }, canvas, mark), make("small", {}));
       button.matrix = one;
       button.name = `layer ${layer}, head ${head}`;
+      button.layer = layer;
       button.head = head;
-      button.setAttribute("aria-pressed", String(state.view === "mean" && state.layer === layer && state.head === head));
+      markOpen(button);
       button.addEventListener("click", () => show({ view: "mean", layer, head }));
       row.append(button);
     }
     parts.push(make("h3", {}, `Layer ${layer}`), row);
   }
   element("grid").replaceChildren(...parts);
+}
+
+function markOpen(button) {
+  const open = state.view === "mean" && state.layer === button.layer && state.head === button.head;
+  button.setAttribute("aria-pressed", String(open));
 }
 
 function markGrid(row) {
