@@ -7,7 +7,8 @@ from pathlib import Path
 
 VERBS = [
     [], ["run"], ["prepare"], ["tokenizer"], ["tokenizer", "train"], ["tokenizer", "encode"], ["tokenizer", "decode"],
-    ["tokenizer", "inspect"], ["pretrain"], ["finetune"], ["evaluate"], ["generate"], ["chat"], ["export"],
+    ["tokenizer", "inspect"], ["pretrain"], ["finetune"], ["evaluate"], ["generate"], ["chat"], ["explain"],
+    ["explain", "attention"], ["explain", "word"], ["export"],
     ["export", "hf"], ["export", "gguf"], ["export", "ollama"], ["verify"], ["report"], ["doctor"],
 ]  # fmt: skip
 

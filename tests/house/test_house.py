@@ -19,6 +19,7 @@ ROWS = [
     ["data", "tokenizer"],
     ["formats", "messages"],
     ["config", "devices", "progress"],
+    ["page"],
     ["files"],
     ["errors"],
 ]
@@ -105,6 +106,8 @@ def test_torch_and_transformers_stay_in_their_rooms():
         "lexmill.tokenizer.training",
         "lexmill.model.directory",
         "lexmill.inference.language_model",
+        "lexmill.inference.explain_page",
+        "lexmill.inference.explain_plot",
         "lexmill.runtimes.llama_cpp",
         "lexmill.runtimes.ollama",
         "lexmill.runtimes.huggingface",

@@ -351,9 +351,9 @@ def test_what_a_model_writes_stays_text(tmp_path: Path) -> None:
 
 
 def test_chart_data_cannot_end_its_script(tmp_path: Path) -> None:
-    from lexmill.recipe.report import _script_json
+    from lexmill.page import script_json
 
-    embedded = _script_json({HOSTILE: HOSTILE})
+    embedded = script_json({HOSTILE: HOSTILE})
     assert not re.search("[<\u2028\u2029]", embedded)
     assert json.loads(embedded) == {HOSTILE: HOSTILE}
 

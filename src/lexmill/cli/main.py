@@ -13,6 +13,7 @@ from lexmill.cli import (
     chat,
     doctor,
     evaluate,
+    explain,
     export,
     finetune,
     generate,
@@ -61,6 +62,7 @@ app.command("finetune")(_guarded(finetune.finetune))
 app.command("evaluate")(_guarded(evaluate.evaluate))
 app.command("generate")(_guarded(generate.generate))
 app.command("chat")(_guarded(chat.chat))
+app.add_typer(explain.app, name="explain")
 app.add_typer(export.app, name="export")
 app.command("verify")(_guarded(verify.verify))
 app.command("report")(_guarded(report.report))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lexmill.page import escaped
 from lexmill.progress import format_duration
 
 ABSENT = '<span class="absent">not made</span>'
@@ -109,14 +109,6 @@ def as_words(name: str) -> str:
 
 def shortened(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " …"
-
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
-
-
-def escaped(value: Any) -> str:
-    """Text as HTML, also inside quoted attributes; control characters become visible."""
-    return html.escape(_CONTROL.sub("\ufffd", str(value)), quote=True)
 
 
 def is_nested(value: Any) -> bool:

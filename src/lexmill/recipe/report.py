@@ -6,16 +6,14 @@ a step did not leave is shown as "not made".
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from lexmill import page
 from lexmill.files import atomic_write
 from lexmill.progress import format_duration
 from lexmill.recipe import charts, markup, report_checks
@@ -54,9 +52,9 @@ def write_report(run: Path, out: Path) -> Path:
     Raises:
         FileError: `out` cannot be written.
     """
-    page = _page(Run.read(Path(run)))
+    text = _page(Run.read(Path(run)))
     with atomic_write(out, "wb") as file:
-        file.write(page.encode("utf-8", "replace"))  # a half of a surrogate pair becomes "?"
+        file.write(text.encode("utf-8", "replace"))  # a half of a surrogate pair becomes "?"
     return Path(out)
 
 
@@ -73,51 +71,23 @@ def _page(run: Run) -> str:
         _recipe(run.recipe),
     ]
     scripts = [f"/*\n{_asset('uPlot.LICENSE')}\n*/\n{_asset('uPlot.iife.min.js')}", _asset("charts.js")]
-    if not drawn:
-        scripts = []
-    # Scripts run only if they are these two, and nothing is loaded from anywhere.
-    policy = (
-        "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
-        f"script-src {' '.join(map(_script_hash, scripts)) or chr(39) + 'none' + chr(39)}"
-    )
     body = "\n".join(sections)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{markup.escaped(policy)}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{markup.escaped(run.name)}: report of a lexmill run</title>
-<style>
-{_asset("uPlot.min.css")}
-{_asset("report.css")}</style>
-</head>
-<body>
-{_header(run)}
+    return page.page(
+        title=f"{run.name}: report of a lexmill run",
+        styles=[_asset("report.css"), _asset("uPlot.min.css")],
+        body=f"""{_header(run)}
 <main>
 {body}
 </main>
 <footer>Written by lexmill from the files of the run directory.
-This page loads nothing from the network.</footer>
-<script type="application/json" id="chart-data">{_script_json(drawn)}</script>
-{"".join(f"<script>{script}</script>" for script in scripts)}
-</body>
-</html>
-"""
+This page loads nothing from the network.</footer>""",
+        data=("chart-data", drawn),
+        scripts=scripts if drawn else [],
+    )
 
 
 def _asset(name: str) -> str:
-    return resources.files("lexmill.recipe").joinpath("assets").joinpath(name).read_text("utf-8")
-
-
-def _script_hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode('utf-8')).digest()).decode()}'"
-
-
-def _script_json(value: Any) -> str:
-    """JSON that can stand inside <script>: only ASCII, and no `<` that could end or comment out the block."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return page.asset("lexmill.recipe", name)
 
 
 # ---------------------------------------------------------------- the sections, from the top

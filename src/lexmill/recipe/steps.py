@@ -293,6 +293,8 @@ STEP_KINDS: dict[str, StepKind] = {
     "report": StepKind(
         ("prepare", "tokenizer", "pretrain", "finetune", "evaluate", "export", "verify"),
         (
+            "page",
+            "assets",
             "recipe.report",
             "recipe.report_checks",
             "recipe.report_data",
