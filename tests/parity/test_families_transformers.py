@@ -77,8 +77,9 @@ WRITTEN = torch.randint(3, 99, (2, 30), generator=torch.Generator().manual_seed(
 SEGMENTS = (torch.arange(40)[None] > 22).long().expand(2, -1)
 
 
-def theirs(case, untied=False):
+def theirs(case, untied=False, **changes):
     name, config, values = CASES[case]
+    values = {**values, **changes}
     model = getattr(transformers, name)(getattr(transformers, config)(**values, attn_implementation="eager"))
     if untied:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -144,11 +145,13 @@ def test_our_directories_open_there_with_equal_logits(case, tmp_path, any_tokeni
     reference.save_pretrained(tmp_path / "theirs")
     opened = ModelDirectory.open(tmp_path / "theirs")
     write_model_directory(tmp_path / "ours", opened.config, opened.weights(), any_tokenizer)
-    again, told = type(reference).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    again, told = type(reference).from_pretrained(
+        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
+    )
     assert not told["missing_keys"] and not told["mismatched_keys"]
     with torch.no_grad():
         for mine, other in zip(their_numbers(again.eval()), their_numbers(reference)):
-            assert torch.equal(mine, other) or (mine - other).abs().max() < 1e-6
+            assert torch.equal(mine, other)
     assert ModelDirectory.open(tmp_path / "ours").config == opened.config
 
 
@@ -212,7 +215,8 @@ def test_hidden_states_and_attention_equal_transformers(case, tmp_path):
 @pytest.mark.parametrize("case", ["t5 1.1", "t5 1.0"])
 @pytest.mark.parametrize("beams", [1, 3, 5])
 def test_generation_equals_transformers(case, beams, tmp_path, any_tokenizer):
-    reference = theirs(case)
+    # transformers sizes its cache by the encoder's layers: both sides get as many
+    reference = theirs(case, num_decoder_layers=2)
     reference.save_pretrained(tmp_path)
     any_tokenizer.save(tmp_path)
     model, stop = lexmill.load(tmp_path), list(any_tokenizer.ids.stop)
