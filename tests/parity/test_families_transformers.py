@@ -12,13 +12,10 @@ from lexmill.model.build import build_model
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
 from lexmill.model.names import weight_names, weight_shapes
-from lexmill.model.scope import Record
 
 transformers = pytest.importorskip("transformers")
 
-SMALL = dict(
-    vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48
-)
+SMALL = dict(vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
 BERT = dict(SMALL, max_position_embeddings=64)
 MODERN = dict(
     SMALL,
@@ -299,9 +296,7 @@ def test_a_pair_of_packed_rows_equals_each_text_alone(case, tmp_path):
             assert (packed[0, document == number][: alone.shape[1]] - alone[0]).abs().max() < 1e-5
 
 
-BASE = dict(
-    vocab_size=99, width=32, layers=2, heads=4, kv_heads=4, head_width=8, mlp_width=48, context=64
-)
+BASE = dict(vocab_size=99, width=32, layers=2, heads=4, kv_heads=4, head_width=8, mlp_width=48, context=64)
 
 
 @pytest.mark.parametrize(

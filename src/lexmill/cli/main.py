@@ -12,11 +12,14 @@ import typer
 from lexmill.cli import (
     chat,
     doctor,
+    embed,
     evaluate,
     explain,
     export,
+    fill,
     finetune,
     generate,
+    next_sentence,
     prepare,
     pretrain,
     report,
@@ -62,6 +65,9 @@ app.command("finetune")(_guarded(finetune.finetune))
 app.command("evaluate")(_guarded(evaluate.evaluate))
 app.command("generate")(_guarded(generate.generate))
 app.command("chat")(_guarded(chat.chat))
+app.command("fill")(_guarded(fill.fill))
+app.command("next-sentence")(_guarded(next_sentence.next_sentence))
+app.command("embed")(_guarded(embed.embed))
 app.add_typer(explain.app, name="explain")
 app.add_typer(export.app, name="export")
 app.command("verify")(_guarded(verify.verify))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from lexmill.inference.sampling import SamplingConfig, log_softmax
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
 from lexmill.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lexmill.inference.explain import AttentionMap
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,30 @@ class LanguageModel:
         from lexmill.inference.torch_backend import look_inside
 
         return look_inside(self.network, self._checked(self.tokenizer.encode(text)))["hidden"]
+
+    def attention(self, text: str, target: str | None = None) -> AttentionMap:
+        """Where each token looks, in every layer and head.
+
+        Args:
+            target: what an encoder–decoder writes; then `more` of the map are the decoder's own
+                attention and where it looks in `text`.
+        """
+        from lexmill.inference.explain import attention_map
+        from lexmill.inference.torch_backend import look_inside
+
+        if target is not None and self.config.shape != "encoder_decoder":
+            self._require("encoder_decoder", "a second text")
+        ids = self._checked(self.tokenizer.encode(text))
+        if target is None:
+            kind: Literal["encoder", "decoder"] = "decoder" if self.config.shape == "decoder" else "encoder"
+            return attention_map(self.tokenizer, text, ids, look_inside(self.network, ids)["attention"], kind)
+        read = self._checked([self.config.decoder_start, *self.tokenizer.encode(target)], "The target")
+        seen = look_inside(self.network, ids, read)
+        decoder = attention_map(self.tokenizer, target, read, seen["decoder_attention"], "decoder")
+        cross = attention_map(
+            self.tokenizer, target, read, seen["cross"], "cross", key_text=text, key_ids=ids
+        )
+        return attention_map(self.tokenizer, text, ids, seen["attention"], more=[decoder, cross])
 
     def render_chat(self, messages: Any, *, add_generation_prompt: bool = True) -> str:
         """The prompt text of a conversation, by the model's chat template."""
