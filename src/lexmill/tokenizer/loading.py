@@ -24,6 +24,8 @@ from lexmill.tokenizer.special import SpecialIds
 
 MAX_TOKENIZER_BYTES = 1 << 28
 _SENTENCEPIECE_NAMES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+# Any of these makes a directory one with a tokenizer.
+FILE_NAMES = ("tokenizer.json", *_SENTENCEPIECE_NAMES, "vocab.json", "vocab.txt")
 _COMPLETE = "Is the folder a complete model directory?"
 
 
