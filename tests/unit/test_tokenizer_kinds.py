@@ -258,6 +258,7 @@ def test_impossible_settings_are_refused(values, said):
         ({"vocab.json": b'{"a": "b"}', "merges.txt": b""}, FormatError, "map each token"),
         ({"vocab.json": b'{"a": 0}', "merges.txt": b"a\n"}, FormatError, "line 1"),
         ({"vocab.json": b'{"a": 0}', "merges.txt": b"#version: 1\na b\n"}, FormatError, "line 2"),
+        ({"vocab.json": b'{"a": 4000000000}', "merges.txt": b""}, FormatError, "not plausible"),
         ({"vocab.json": b'{"a": 0}'}, FileError, "no such tokenizer file"),
         ({"tokenizer.json": b"[]"}, FormatError, "no model"),
         ({"tokenizer.json": b"{}"}, FormatError, "no model"),
@@ -322,3 +323,22 @@ def test_a_hostile_charsmap_is_an_error_and_no_crash(kinds):
         value["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": packed}
         with contextlib.suppress(FormatError):
             Tokenizer(json.dumps(value), kinds["unigram"].ids, "", settings={}).encode("some text é")
+
+
+def test_added_tokens_of_a_byte_level_vocabulary_stream_as_they_decode(tokenizer):
+    value, size = json.loads(tokenizer.json), tokenizer.vocab_size
+    for number, text in enumerate(["é", "Ġx", "ñandú", "日本", "<x y>"]):
+        flags = {
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": False,
+        }
+        if text not in tokenizer.vocabulary:
+            value["added_tokens"].append({"id": size + number, "content": text, **flags})
+    extended = Tokenizer(json.dumps(value), tokenizer.ids)
+    assert extended.vocab_size > size
+    for token in range(extended.vocab_size):
+        stream = extended.stream()
+        assert stream.push(token) + stream.finish() == extended.decode([token])
