@@ -179,6 +179,20 @@ def llama_form(prose):
     return fast
 
 
+def t5_form(prose):
+    """As transformers 4 wrote T5's: a compiled normaliser, and two steps behind it."""
+    config = TokenizerConfig(kind="unigram", vocab_size=300, sentinels=10)
+    value = json.loads(train_tokenizer([prose[:30_000]], config).json)
+    packed = base64.b64encode(compile_charsmap({"\n": " ", "é": "e", "Ｗ": "W"})).decode()
+    steps = [
+        {"type": "Precompiled", "precompiled_charsmap": packed},
+        {"type": "Strip", "strip_left": False, "strip_right": True},
+        {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"},
+    ]
+    value["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    return tokenizers.Tokenizer.from_str(json.dumps(value))
+
+
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 OTHERS = {
     "words, without any settings": (lambda prose: word_level(), {}),
@@ -217,6 +231,12 @@ OTHERS = {
         llama_form,
         {"tokenizer_config__json": {"tokenizer_class": "TokenizersBackend", "add_bos_token": False, **NAMED}},
     ),
+    "t5, taken as it is": (t5_form, {}),
+    "t5, rebuilt": (
+        t5_form,
+        {"tokenizer_config__json": {"tokenizer_class": "T5TokenizerFast", "extra_ids": 10}},
+    ),
+    "t5, rebuilt for the model": (t5_form, {"config__json": {"model_type": "t5"}}),
     "bytes, rebuilt": (
         lambda prose: byte_level(),
         {"tokenizer_config__json": {"tokenizer_class": "GPT2Tokenizer", "bos_token": None}},

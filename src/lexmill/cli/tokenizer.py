@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,10 +20,11 @@ Folder = Annotated[Path, typer.Argument(help="A model, run or tokenizer director
 
 def _load(path: Path):
     from lexmill.inference.language_model import find_model
+    from lexmill.tokenizer.loading import FILE_NAMES
     from lexmill.tokenizer.tokenizer import Tokenizer
 
     for folder in (path, path / "tokenizer"):
-        if (folder / "tokenizer.json").is_file():
+        if any((folder / name).is_file() for name in FILE_NAMES):
             return Tokenizer.load(folder)
     return Tokenizer.load(find_model(path))
 
@@ -35,14 +37,34 @@ def _given(text: str | None) -> str:
 def train(
     documents: Annotated[Path, typer.Argument(help="The folder that 'lexmill prepare' wrote.")],
     out: Out,
-    vocab_size: Annotated[int, typer.Option(help="256 bytes, 4 special tokens, and merges.")] = 4096,
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="bpe for decoders, wordpiece for encoders, unigram for encoder-decoders, characters for experiments."
+        ),
+    ] = "bpe",
+    vocab_size: Annotated[
+        int, typer.Option(help="Everything counted: special tokens, bytes, pieces.")
+    ] = 4096,
+    lowercase: Annotated[
+        bool, typer.Option("--lowercase", help="wordpiece: case and accents do not matter.")
+    ] = False,
+    sentinels: Annotated[
+        int, typer.Option(help="unigram: how many <extra_id_0>, ... for span corruption.")
+    ] = 100,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train byte-level BPE that transformers and llama.cpp apply identically."""
+    """Train a tokenizer that transformers and llama.cpp apply identically."""
+    from lexmill.config import from_mapping
     from lexmill.recipe.steps import document_texts
     from lexmill.tokenizer.training import TokenizerConfig, bytes_per_token, train_tokenizer
 
+    config = from_mapping(
+        TokenizerConfig,
+        {"kind": kind, "vocab_size": vocab_size, "lowercase": lowercase, "sentinels": sentinels},
+        "tokenizer",
+    )
     progress = make_progress(quiet or json)
     with progress.task("training the tokenizer", None, "documents") as task:
 
@@ -51,16 +73,22 @@ def train(
                 task.advance()
                 yield text
 
-        tokenizer = train_tokenizer(counted(), TokenizerConfig(vocab_size=vocab_size))
+        tokenizer = train_tokenizer(counted(), config)
     tokenizer.save(out)
     held_out = bytes_per_token(tokenizer, document_texts(documents / "validation.parquet"))
     if json:
         print_json(
-            {"vocab_size": tokenizer.vocab_size, "bytes_per_token": held_out, "sha256": tokenizer.sha256}
+            {
+                "kind": tokenizer.kind,
+                "vocab_size": tokenizer.vocab_size,
+                "bytes_per_token": held_out,
+                "sha256": tokenizer.sha256,
+            }
         )
     else:
         typer.echo(
-            f"{tokenizer.vocab_size:,} tokens, {held_out:.2f} bytes a token on held-out text, written to {out}"
+            f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens, {held_out:.2f} bytes a token on held-out text, "
+            f"written to {out}"
         )
 
 
@@ -104,19 +132,30 @@ def inspect(
     text: Annotated[str | None, typer.Argument(help="The text; standard input when not given.")] = None,
     json: Json = False,
 ) -> None:
-    """Show each token of a text: its id, and the characters that it stands for."""
+    """Show each token of a text, its id and the characters that it stands for; then the special ids."""
     tokenizer = _load(model)
     text = _given(text)
     ids = tokenizer.encode(text)
     pieces = [tokenizer.token_bytes(token) for token in ids]
     shown = [
-        piece.decode("utf-8", "backslashreplace") if piece is not None else tokenizer.decode([token])
+        piece.decode("utf-8", "backslashreplace") if piece is not None else tokenizer.token_text(token)
         for piece, token in zip(pieces, ids)
     ]
+    special = {name: token for name, token in dataclasses.asdict(tokenizer.ids).items() if token is not None}
     if json:
-        print_json([{"id": token, "text": piece} for token, piece in zip(ids, shown)])
+        tokens = [{"id": token, "text": piece} for token, piece in zip(ids, shown)]
+        print_json(
+            {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "special": special, "tokens": tokens}
+        )
         return
     for token, piece in zip(ids, shown):
         typer.echo(f"{token:>7}  {piece!r}")
     size = len(text.encode("utf-8"))
     typer.echo(f"{len(ids):,} tokens, {size:,} bytes, {size / max(len(ids), 1):.2f} bytes a token")
+    sentinels = special.pop("sentinels")
+    listed = [f"{name} {token}" for name, token in special.items() if name not in ("stop", "add_bos")]
+    if sentinels:
+        listed.append(f"{len(sentinels)} sentinels from {sentinels[0]} to {sentinels[-1]}")
+    typer.echo(
+        f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens; {', '.join(listed) or 'no special tokens'}"
+    )

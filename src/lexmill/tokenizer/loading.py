@@ -23,7 +23,10 @@ from lexmill.tokenizer.fast import parse
 from lexmill.tokenizer.special import SpecialIds
 
 MAX_TOKENIZER_BYTES = 1 << 28
+MAX_VOCABULARY = 1 << 24
 _SENTENCEPIECE_NAMES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+# Any of these makes a directory one with a tokenizer.
+FILE_NAMES = ("tokenizer.json", *_SENTENCEPIECE_NAMES, "vocab.json", "vocab.txt")
 _COMPLETE = "Is the folder a complete model directory?"
 
 
@@ -63,6 +66,8 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     vocabulary = fast.get_vocab(with_added_tokens=True)
     if not vocabulary:
         raise FormatError(f"{where}: the vocabulary is empty.", _COMPLETE)
+    if max(vocabulary.values()) >= MAX_VOCABULARY:  # arrays are made of this size
+        raise FormatError(f"{where}: the id {max(vocabulary.values()):,} is not plausible.", _COMPLETE)
     settings = _with_special_tokens(folder, settings, name, vocabulary)
     if not (folder / "tokenizer.json").exists():  # whose post-processor stands, whatever the settings say
         changed = classes.added_bos_eos(changed, settings, vocabulary)

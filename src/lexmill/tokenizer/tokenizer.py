@@ -274,7 +274,7 @@ class Tokenizer:
             return None
         text = self.token_text(token)
         letters = _byte_letters()
-        if text in self._added or any(letter not in letters for letter in text):
+        if any(letter not in letters for letter in text):  # an added token, as decoders take it
             return text.encode("utf-8")
         return bytes(letters[letter] for letter in text)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from lexmill.tokenizer import special
+from lexmill.tokenizer.alphabet import count_letters, rare_letters, translated
 from lexmill.tokenizer.fast import parse
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.tokenizer.transformers_classes import end_template, metaspace
@@ -31,25 +32,20 @@ def train_unigram(texts: Iterable[str], size: int, sentinels: int) -> Tokenizer:
 
     names = list(special.UNIGRAM_TOKENS.values())
     limit = size - sentinels
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(text)
-    kept = {
-        letter for letter, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: limit // 2]
-    }
-    dropped = {ord(letter): " " for letter in counts if letter not in kept}
+    counts = count_letters(texts)
 
-    def read() -> Iterator[str]:
-        for text in texts:
-            yield text.translate(dropped) if dropped else text
+    def train(letters: int) -> list[list[Any]]:
+        fast = parse(json.dumps(_tokenizer_json([[name, 0.0] for name in names])))
+        fast.model = models.Unigram()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=limit, special_tokens=names, unk_token="<unk>", show_progress=False
+        )
+        fast.train_from_iterator(translated(texts, rare_letters(counts, letters)), trainer)
+        return _rows(json.loads(fast.to_str())["model"]["vocab"], names, counts)
 
-    fast = parse(json.dumps(_tokenizer_json([[name, 0.0] for name in names])))
-    fast.model = models.Unigram()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=limit, special_tokens=names, unk_token="<unk>", show_progress=False
-    )
-    fast.train_from_iterator(read(), trainer)
-    rows = _rows(json.loads(fast.to_str())["model"]["vocab"], names, counts)
+    rows = train(limit // 2)
+    if len(rows) < limit and len(counts) > limit // 2:  # there are no longer pieces: letters, then
+        rows = train(limit - len(names) - 1)
     # The highest ids, the first sentinel the very last, as in T5.
     rows += [[special.sentinel(number), 0.0] for number in reversed(range(sentinels))]
     text = json.dumps(_tokenizer_json(rows), ensure_ascii=False)

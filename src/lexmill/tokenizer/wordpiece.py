@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lexmill.tokenizer import special
+from lexmill.tokenizer.alphabet import count_letters, rare_letters, translated
 from lexmill.tokenizer.fast import parse
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.tokenizer.transformers_classes import bert_template
@@ -46,26 +47,39 @@ def train_wordpiece(texts: Iterable[str], size: int, min_frequency: int, lowerca
 
     names = list(special.WORDPIECE_TOKENS.values())
 
-    def train(first: list[str], limit: int) -> dict[str, int]:
-        fast = parse(
-            json.dumps(_tokenizer_json({name: token for token, name in enumerate(names)}, lowercase))
-        )
+    def train(first: list[str], size: int, rare: dict[int, str]) -> dict[str, int]:
+        fast = prepared()
         fast.model = models.WordPiece(unk_token=names[1])
         trainer = trainers.WordPieceTrainer(
-            vocab_size=limit,
+            vocab_size=size,
             min_frequency=min_frequency,
-            limit_alphabet=size * 2 // 5,  # each letter may come with and without ##
+            limit_alphabet=1 << 21,
             special_tokens=first,
             show_progress=False,
         )
-        fast.train_from_iterator(texts, trainer)
+        fast.train_from_iterator(translated(texts, rare), trainer)
         return fast.get_vocab(with_added_tokens=True)
+
+    def prepared() -> Any:
+        return parse(
+            json.dumps(_tokenizer_json({name: token for token, name in enumerate(names)}, lowercase))
+        )
 
     # The trainer numbers the letters that continue words as it meets them in a hash table, that is
     # in another order each time, and pairs of equal frequency are merged in the order of these
     # numbers. Given in order beforehand, they make the same texts the same vocabulary.
-    letters = sorted(text for text in train(names, len(names)) if text.startswith("##") and len(text) == 3)
-    vocabulary = train([*names, *letters], size)
+    found = train(names, len(names), {})
+    letters = sorted(text for text in found if text.startswith("##") and len(text) == 3)
+    rare: dict[int, str] = {}
+    if len(found) > size * 4 // 5:  # rare letters are left out for the sake of longer pieces
+        counts, spelled = count_letters(texts), prepared().normalizer.normalize_str
+        rare = rare_letters(counts, size * 2 // 5, spelled)  # each may come with and without ##
+        letters = sorted(set(letters) & set(train(names, len(names), rare)))
+    vocabulary = train([*names, *letters], size, rare)
+    if rare and len(vocabulary) < size:  # there are no such pieces: letters, then
+        rare = rare_letters(counts, max(size - len(names) - len(letters), 1), spelled)
+        more = train([*names, *letters], size, rare)
+        vocabulary = more if len(more) <= size else vocabulary
     return Tokenizer(
         json.dumps(_tokenizer_json(vocabulary, lowercase), ensure_ascii=False),
         special.wordpiece_ids(),
