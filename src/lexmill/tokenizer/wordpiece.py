@@ -77,9 +77,12 @@ def train_wordpiece(texts: Iterable[str], size: int, min_frequency: int, lowerca
         letters = sorted(set(letters) & set(train(names, len(names), rare)))
     vocabulary = train([*names, *letters], size, rare)
     if rare and len(vocabulary) < size:  # there are no such pieces: letters, then
-        rare = rare_letters(counts, max(size - len(names) - len(letters), 1), spelled)
-        more = train([*names, *letters], size, rare)
-        vocabulary = more if len(more) <= size else vocabulary
+        limit = size - len(names) - len(letters)
+        more = train([*names, *letters], size, rare_letters(counts, limit, spelled))
+        while len(more) > size:  # some of the letters that joined continue words too
+            limit -= len(more) - size
+            more = train([*names, *letters], size, rare_letters(counts, limit, spelled))
+        vocabulary = more
     return Tokenizer(
         json.dumps(_tokenizer_json(vocabulary, lowercase), ensure_ascii=False),
         special.wordpiece_ids(),
