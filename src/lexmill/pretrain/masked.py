@@ -142,11 +142,13 @@ def _exchange_seconds(texts: list[_Text], origin: list[int], random: np.random.G
             continue
         other = int(random.choice(np.flatnonzero(fits)))
         givers[place], givers[other] = givers[other], givers[place]
+    for place in np.flatnonzero(documents[chosen] == documents[givers]):
+        # one document has so many pairs that not all can trade: a part is used twice
+        givers[place] = random.choice(pairs[documents[pairs] != documents[chosen[place]]])
     seconds = [(texts[giver].second, texts[giver].second_continues) for giver in givers]
-    for index, giver, (second, continues) in zip(chosen, givers, seconds):
-        if documents[index] != documents[giver]:
-            text = texts[index]
-            texts[index] = _Text(text.first, text.first_continues, second, continues, ELSEWHERE)
+    for index, (second, continues) in zip(chosen, seconds):
+        text = texts[index]
+        texts[index] = _Text(text.first, text.first_continues, second, continues, ELSEWHERE)
 
 
 def _mask(

@@ -16,7 +16,10 @@ from lexmill.progress import SILENT, Progress
 from lexmill.tokenizer.tokenizer import Tokenizer
 
 # Behind a full stop of Chinese, or of a spaced script and white space, and at the end of a line.
-_END = re.compile(r"(?<=[。！？；!?…])(?=[^。！？；!?…”’」』）)])|(?<=[.!?;][\s\"'”’)])\s*|\n+")
+_END = re.compile(
+    r"(?<=[。！？；…])(?=[^。！？；…”’」』）])|(?<=[。！？；…][”’」』）])(?=.)"
+    r"|(?<=[.!?;])\s+|(?<=[.!?;][\"'”’)])\s+|\n+"
+)
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
