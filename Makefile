@@ -24,8 +24,8 @@ test-slow: $(VENV)/ready
 	@$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/ready
-	@$(BIN)/ruff format --check src tests bench
-	@$(BIN)/ruff check src tests bench
+	@$(BIN)/ruff format --check src tests bench examples
+	@$(BIN)/ruff check src tests bench examples
 
 types: $(VENV)/ready
 	@$(BIN)/mypy

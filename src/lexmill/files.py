@@ -141,8 +141,8 @@ def replace_path(source: Path, destination: Path) -> None:
 
 
 def remove_partials(folder: Path) -> None:
-    """Delete what killed processes left in `folder`. Call it only while holding its lock."""
-    for path in folder.glob(f".*{PARTIAL_SUFFIX}"):
+    """Delete what killed processes left in `folder` and below. Call it only while holding its lock."""
+    for path in sorted(folder.rglob(f".*{PARTIAL_SUFFIX}")):  # a list first: folders go while it is walked
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +159,33 @@ def test_models_write_and_answer(finished):
     talk = lexmill("chat", out, "-n", 5, text=f"Hello\n/save {saved}\n/reset\n/nonsense\n/exit\n")
     assert talk.returncode == 0 and "no command /nonsense" in talk.stdout
     assert json.loads(saved.read_text())["messages"][0] == {"role": "user", "content": "Hello"}
+
+
+def blocks(page, language):
+    """The code blocks of a page in a language, comments cut off."""
+    found = re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S)
+    return [[line.split(" #")[0].strip() for line in block.splitlines() if line.strip()] for block in found]
+
+
+def test_the_readme_s_commands_run(finished, tmp_path):
+    """Each line that calls lexmill, in a folder where runs/quickstart is a finished run; and the Python block."""
+    shutil.copytree(finished[0], tmp_path / "runs" / "quickstart")
+    lines = [line for block in blocks("README.md", "sh") for line in block if line.startswith("lexmill ")]
+    assert len(lines) >= 3
+    for line in lines:
+        done = lexmill(*shlex.split(line)[1:], cwd=tmp_path, text="Hello\n/exit\n")
+        assert done.returncode == 0, (line, done.stderr)
+        assert done.stdout.strip(), line
+    (program,) = blocks("README.md", "python")
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(program)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_both_readmes_hold_the_same_commands():
+    for language in ("sh", "python"):
+        assert blocks("README.md", language) == blocks("README.zh-CN.md", language)
 
 
 def test_tokenizer_commands(finished):

@@ -7,7 +7,14 @@ import pytest
 import typer
 from conftest import ROOT, lexmill
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "corpora" / "README.md"])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "corpora" / "README.md",
+        ROOT / "examples" / "README.md",
+    ]
+)
 
 
 def test_command_reference_is_the_program_s_own_help():

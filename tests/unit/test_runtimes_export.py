@@ -82,7 +82,7 @@ def test_gguf_holds_the_model(tmp_path, make_model, shape, type):
         for info in file.tensors.values():
             assert info.type.name == ("F32" if len(info.shape) == 1 else type.upper())
         error, _ = weight_error(file, model)
-        assert error <= {"f32": 0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 0.005}[type]
+        assert error == 0 if type == "f32" else 0.5 < error <= 1  # all but all of what the type explains
         tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
         assert len(tokens) == len(types) == config.vocab_size == len(set(tokens))
         assert types[:4].tolist() == [3] * 4 and types[4] == 1
@@ -121,7 +121,7 @@ def test_rows_that_do_not_divide_stay_f16(tmp_path, make_model):
 def test_weight_error_sees_a_single_weight(tmp_path, model, make_model):
     other = make_model(tmp_path / "m", seed=1)
     with GGUFFile.open(export_gguf(model, tmp_path / "m.gguf", "q8_0")) as file:
-        assert weight_error(file, other)[0] > 0.1
+        assert weight_error(file, other)[0] > 10
         bigger = make_model(tmp_path / "b", layers=3)
         assert weight_error(file, bigger) == (
             float("inf"),
@@ -289,6 +289,7 @@ def test_report_is_written(tmp_path):
         "figure": 0,
         "tolerance": 0,
         "detail": "x",
+        "ties": 0,
     }
 
 

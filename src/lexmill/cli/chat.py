@@ -25,7 +25,8 @@ Enter sends; Alt+Enter (or Esc, then Enter) begins a new line.
 /reset        forget the conversation
 /save FILE    write the conversation as one line of JSON (a row for fine-tuning)
 /help         this text
-/exit         leave (also Ctrl-D)"""
+/exit         leave (also Ctrl-D)
+Ctrl-C stops a reply, and clears a line that is being typed."""
 
 
 def chat(
@@ -56,8 +57,13 @@ def chat(
     if sys.stdin.isatty():
         typer.echo(f"Talking to {model}. /help lists the commands.\n")
     for line in _lines():
-        if not conversation.take(line):
-            break
+        try:
+            if not conversation.take(line):
+                break
+        except KeyboardInterrupt:  # between two tokens, or before the first
+            if not sys.stdin.isatty():
+                raise
+            typer.echo(" (stopped)")
 
 
 def _lines() -> Any:
@@ -76,8 +82,10 @@ def _lines() -> Any:
     while True:
         try:
             yield session.prompt("you > ")
-        except KeyboardInterrupt:
-            continue  # Ctrl-C clears the line
+        except KeyboardInterrupt:  # clears the line
+            if not session.default_buffer.text:
+                typer.echo("(Ctrl-D or /exit leaves)")
+            continue
         except EOFError:
             return
 
@@ -133,21 +141,24 @@ class Conversation:
         from lexmill.errors import LexmillError
 
         self.messages.append({"role": "user", "content": line})
-        self._make_room()
-        reply = ""
+        reply, ended = "", ""
         try:
+            self._make_room()
             for step in self._model.stream_chat(self.messages, self._config):
                 reply += step.text
                 sys.stdout.write(step.text)
                 sys.stdout.flush()
         except KeyboardInterrupt:
-            sys.stdout.write(" (stopped)")
+            if not sys.stdin.isatty():
+                raise
+            ended = " (stopped)"
         except LexmillError as error:
+            ended = f"\n{error}" if reply else str(error)
+        sys.stdout.write(f"{ended}\n")
+        if ended and not reply:  # as if it had not been asked
             self.messages.pop()
-            typer.echo(str(error))
-            return
-        sys.stdout.write("\n")
-        self.messages.append({"role": "assistant", "content": reply})
+        else:
+            self.messages.append({"role": "assistant", "content": reply})
 
     def _make_room(self) -> None:
         """Drop the oldest turns when the conversation no longer fits, and say so."""

@@ -43,30 +43,31 @@ def verify(
 
 
 def show_checks(checks: list[dict[str, Any]], screen: Any) -> None:
-    """Print one row a runtime and one column a check; details of what is not equal follow."""
+    """Print one row a check and one column a runtime; details of what is not plainly equal follow."""
     from rich.table import Table
     from rich.text import Text
 
     names = list(dict.fromkeys(check["check"] for check in checks))
     table = Table(title="the same answers as lexmill?", title_justify="left")
-    table.add_column("runtime", no_wrap=True)
-    for name in names:
-        table.add_column(name, overflow="fold")
+    table.add_column("check", no_wrap=True)
+    runtimes = list(dict.fromkeys(check["runtime"] for check in checks))
+    for runtime in runtimes:
+        table.add_column(runtime, overflow="fold", no_wrap=" " not in runtime)
     words: dict[Any, tuple[str, str]] = {
         True: ("equal", "green"),
         False: ("DIFFERENT", "bold red"),
         None: ("not checked", "yellow"),
     }
-    for runtime in dict.fromkeys(check["runtime"] for check in checks):
+    for name in names:
         cells = []
-        for name in names:
+        for runtime in runtimes:
             found = [check for check in checks if check["runtime"] == runtime and check["check"] == name]
             if not found:
                 cells.append(Text("-"))
                 continue
             word, style = words[found[0]["passed"]]
             cells.append(Text(word + ("*" if _with_ties(found[0]) else ""), style))
-        table.add_row(runtime, *cells)
+        table.add_row(name, *cells)
     screen.print(table)
     screen.print("Figures, tolerances and details are in the JSON and in the report.", style="dim")
     for check in checks:

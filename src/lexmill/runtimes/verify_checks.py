@@ -202,7 +202,7 @@ class Comparison:
         detail = f"{same} of {total} continuations identical"
         if total - same - wrong:
             detail += (
-                f", {total - same - wrong} but for ties: {tied} tokens where lexmill's gap between the two "
+                f", {total - same - wrong} but for ties: {tied} {'token' if tied == 1 else 'tokens'} where lexmill's gap between the two "
                 f"is at most {largest:.2g} (allowed {self.tolerance.tie:g})"
             )
         return Check(self.name, "greedy", wrong == 0, wrong, 0, detail + first, ties=tied)
