@@ -22,8 +22,6 @@ SPECIAL_TOKENS = (END_OF_TEXT, START_OF_TURN, END_OF_TURN, PAD)
 
 NO_LIMIT = 1_000_000  # stands where a tokenizer has no model yet
 
-ROLES = ("system", "user", "assistant", "tool")
-
 # ChatML in its plain form, without a default system prompt and without filters: each of those is
 # a place where the Jinja engines of transformers and llama.cpp and Ollama's Go templates differ.
 CHAT_TEMPLATE = (
