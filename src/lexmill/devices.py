@@ -81,6 +81,15 @@ def threads() -> int:
     return int(value) if value.isdigit() and int(value) > 0 else usable_cores()
 
 
+def wait_briefly() -> None:
+    """Make waiting threads give up their core soon. Call before torch is imported.
+
+    OpenMP's threads spin at each barrier until the last one arrives; where another process holds
+    one of the cores, they burn the time that it needs (measured: docs/decisions.md).
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def keep_freed_memory() -> bool:
     """Make glibc keep large freed blocks instead of giving each back to the system.
 

@@ -150,7 +150,7 @@ def test_chinese_words_are_hidden_whole(tmp_path):
     letters = "".join(map(chr, range(0x4E00, 0x4E80)))
     tokenizer = train_tokenizer([text * 5, letters * 2], TokenizerConfig(kind="wordpiece", vocab_size=128))
     found = tokenize_sentences(tmp_path / "d", tokenizer, tmp_path / "t", chinese_words=True)
-    ids, continues = found["train"][0][0]
+    continues = found["train"][0][0][1]
     words = []
     for word in jieba.lcut(split_sentences(text)[0]):
         words += [False] + [True] * (len(word) - 1)

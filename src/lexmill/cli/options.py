@@ -63,3 +63,4 @@ def begin_computing() -> None:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(devices.threads()))
     devices.keep_freed_memory()
+    devices.wait_briefly()

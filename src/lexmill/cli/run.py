@@ -26,13 +26,13 @@ def run(
     """Run a recipe: only the steps that must run; interrupted, the same command goes on."""
     from lexmill.errors import ConfigError
     from lexmill.recipe import run as recipe_run
-    from lexmill.recipe.config import STEPS, read_recipe
+    from lexmill.recipe.config import read_recipe
     from lexmill.recipe.plan import make_plan
 
     read = read_recipe(recipe, tuple(overrides or ()))
     folder = recipe_run.run_directory(read, out)
-    if start is not None and start not in STEPS:
-        raise ConfigError(f"There is no step '{start}'.", f"Steps are {', '.join(STEPS)}.")
+    if start is not None and start not in read.steps:
+        raise ConfigError(f"There is no step '{start}'.", f"Steps are {', '.join(read.steps)}.")
     if dry_run:
         read.check()
         plan = make_plan(read, folder, start)
@@ -46,7 +46,7 @@ def run(
     if json:
         print_json(_records(folder))
         return
-    _closing_table(folder, all(not one.reason for one in plan), read.name)
+    _closing_table(folder, all(not one.reason for one in plan), read)
 
 
 def _records(folder: Path) -> dict[str, Any]:
@@ -60,49 +60,73 @@ def _records(folder: Path) -> dict[str, Any]:
     }
 
 
-def _closing_table(folder: Path, nothing_to_do: bool, name: str) -> None:
+def _closing_table(folder: Path, nothing_to_do: bool, recipe: Any) -> None:
     from rich.table import Table
 
     screen = console()
     records = _records(folder)
-    figures = {step: record["figures"] for step, record in records.items()}
-
-    def said(step: str, *wanted: str) -> str:
-        parts = []
-        for key in wanted:
-            value = figures[step].get(key)
-            if value is not None:
-                parts.append(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}")
-        return ", ".join(parts)
-
-    table = Table(title=f"{name}: from raw text to a running model", title_justify="left")
+    table = Table(title=f"{recipe.name}: from raw text to a running model", title_justify="left")
     table.add_column("step")
     table.add_column("seconds", justify="right")
     table.add_column("what came of it", overflow="fold")
-    rows = {
-        "prepare": said("prepare", "train text documents", "train chat documents"),
-        "tokenizer": said("tokenizer", "vocabulary", "bytes per token (held out)"),
-        "pretrain": said("pretrain", "parameters", "tokens", "tokens per second"),
-        "finetune": said("finetune", "steps", "last loss"),
-        "evaluate": said(
-            "evaluate",
-            "text before bits_per_byte",
-            "replies after token_accuracy",
-            "replies seen_after exact",
-        ).replace("_", " "),
-        "export": said("export", "f32 megabytes", "q8_0 megabytes"),
-        "verify": said("verify", "equal", "of these up to ties", "different", "not checked"),
-        "report": str(folder / "report.html"),
-    }
-    for step, text in rows.items():
+    for step in recipe.steps:
+        text = str(folder / "report.html") if step == "report" else _said(step, records[step]["figures"])
         table.add_row(step, f"{records[step]['seconds'] or 0:.1f}", text)
     screen.print(table)
     _verify_table(folder, screen)
     if nothing_to_do:
         screen.print("All steps are done; nothing had to run.")
-    screen.print(f"\nTalk to it:     lexmill chat {folder}")
-    screen.print(f'Let it write:   lexmill generate {folder} "It is a truth"')
-    screen.print(f"See its life:   {folder / 'report.html'}")
+    screen.print()
+    for said, command in _what_next(folder, recipe):
+        screen.print(f"{said:<15} {command}")
+
+
+# The figures of each step that the closing table shows, where the step has them.
+_SHOWN = {
+    "prepare": ("train text documents", "train chat documents"),
+    "tokenizer": ("vocabulary", "bytes per token (held out)"),
+    "pretrain": ("parameters", "tokens", "tokens per second"),
+    "finetune": ("steps", "last loss"),
+    "evaluate": (
+        "text before bits_per_byte",
+        "text after bits_per_byte",
+        "replies after token_accuracy",
+        "replies seen_after exact",
+        "pretraining tokens loss",
+        "pretraining tokens accuracy",
+        "pretraining pairs accuracy",
+    ),
+    "export": ("f32 megabytes", "q8_0 megabytes"),
+    "verify": ("equal", "of these up to ties", "different", "not checked"),
+}
+
+
+def _said(step: str, figures: dict[str, Any]) -> str:
+    wanted = [key for key in _SHOWN.get(step, ()) if figures.get(key) is not None]
+    wanted += [key for key in figures if key.startswith("fill ")]
+    parts = [
+        f"{key.replace('_', ' ')}: {figures[key]}" if isinstance(figures[key], str)
+        else f"{key.replace('_', ' ')} {figures[key]:,}"
+        for key in wanted
+    ]  # fmt: skip
+    return ", ".join(parts)
+
+
+def _what_next(folder: Path, recipe: Any) -> list[tuple[str, str]]:
+    """Commands that fit the model."""
+    family = recipe.tables["pretrain"].get("model", {}).get("family", "llama")
+    prompts = recipe.tables["pretrain"].get("prompts") or ["It is a truth"]
+    found = []
+    if "finetune" in recipe.steps:
+        found.append(("Talk to it:", f"lexmill chat {folder}"))
+    if family in ("bert", "modernbert", "t5"):
+        found.append(("Let it fill:", f'lexmill fill {folder} "{prompts[0]}"'))
+        found.append(("See it look:", f'lexmill explain attention {folder} "{prompts[0]}" --html look.html'))
+    else:
+        found.append(("Let it write:", f'lexmill generate {folder} "{prompts[0]}"'))
+    if "report" in recipe.steps:
+        found.append(("See its life:", str(folder / "report.html")))
+    return found
 
 
 def _verify_table(folder: Path, screen: Any) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import io
+import lzma
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from lexmill.errors import DataError
 from lexmill.files import explain_os_errors, require_file
@@ -32,6 +35,23 @@ _MAGIC = {
 _TEXT_CONTROLS = frozenset(b"\t\n\r\f\x1b")
 _UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _UTF32 = {codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE}
+
+
+# How files of rows may be compressed. What they unpack to is read as it comes, line by line, and bounded.
+_COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+_LONGEST_LINE = 1 << 28  # bytes
+_MOST_TIMES_LARGER = 2000  # a text shrinks to a tenth or so; what unpacks to more is no text
+_ALWAYS_FINE = 1 << 26  # bytes
+
+
+def raw_suffix(path: Path) -> str:
+    """The suffix that tells how to read a file, without that of its compression: ".csv" of "a.csv.xz"."""
+    if path.suffix.lower() in _COMPRESSED and Path(path.stem).suffix.lower() in _ROWS:
+        return Path(path.stem).suffix.lower()
+    return path.suffix.lower()
+
+
+_ROWS = (".jsonl", ".ndjson", ".csv", ".tsv")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -92,22 +112,40 @@ def read_lines(path: Path) -> Iterator[str]:
         DataError: it is empty, binary, or a line is not UTF-8.
     """
     require_file(path, "raw file")
-    with explain_os_errors(path, "read"), open(path, "rb") as file:
-        head = file.read(_HEAD)
-        _refuse_binary(path, head)
-        file.seek(0)
-        if head[:2] in _UTF16:
-            yield from io.StringIO(decode(path, file.read()), newline="\n")
-            return
-        offset = 0
-        for number, line in enumerate(file, 1):
-            start = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
-            try:
-                yield line[start:].decode("utf-8")
-            except UnicodeDecodeError as error:
-                place = start + error.start
-                raise _not_utf8(path, number, offset + place, line[place]) from error
-            offset += len(line)
+    packed = _COMPRESSED.get(path.suffix.lower())
+    with explain_os_errors(path, "read"), (packed or open)(path, "rb") as file:
+        try:
+            yield from _lines(path, file, packed is not None)
+        except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+            raise DataError(
+                f"{path}: it cannot be unpacked ({error}).", "It may be cut off; copy it again."
+            ) from error
+
+
+def _lines(path: Path, file: IO[bytes], packed: bool) -> Iterator[str]:
+    head = file.read(_HEAD)
+    _refuse_binary(path, head)
+    file.seek(0)
+    if head[:2] in _UTF16 and not packed:
+        yield from io.StringIO(decode(path, file.read()), newline="\n")
+        return
+    most = max(_ALWAYS_FINE, _MOST_TIMES_LARGER * path.stat().st_size)
+    offset = 0
+    for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
+        endless = len(line) == _LONGEST_LINE and not line.endswith(b"\n")
+        if endless or (packed and offset > most):
+            raise DataError(
+                f"{path}, line {number:,}: a line of {_LONGEST_LINE:,} bytes or more, or a file that unpacks to "
+                f"over {_MOST_TIMES_LARGER:,} times its size, is not plausible.",
+                "Is it the file that you meant?",
+            )
+        start = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+        try:
+            yield line[start:].decode("utf-8")
+        except UnicodeDecodeError as error:
+            place = start + error.start
+            raise _not_utf8(path, number, offset + place, line[place]) from error
+        offset += len(line)
 
 
 def _refuse_binary(path: Path, head: bytes) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from lexmill.data.decoding import raw_suffix
 from lexmill.errors import DataError, FileError
 from lexmill.files import PARTIAL_SUFFIX, explain_os_errors
 
@@ -48,7 +49,7 @@ def find_inputs(patterns: Sequence[str], base: Path) -> list[Path]:
 
 
 def _expand(path: Path) -> list[Path]:
-    return _files_below(path) if path.is_dir() else [path] if path.suffix.lower() in SUPPORTED else []
+    return _files_below(path) if path.is_dir() else [path] if raw_suffix(path) in SUPPORTED else []
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -57,7 +58,7 @@ def _files_below(folder: Path) -> list[Path]:
             path
             for path in folder.rglob("*")
             if path.is_file()
-            and path.suffix.lower() in SUPPORTED
+            and raw_suffix(path) in SUPPORTED
             and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         ]
 

@@ -38,6 +38,7 @@ class SourceConfig:
         license: what the owner says, for rows that do not say it.
         language: likewise.
         kind: "text" or "chat".
+        column: the field of CSV, JSONL and Parquet rows that holds the text.
     """
 
     path: str
@@ -46,6 +47,7 @@ class SourceConfig:
     license: str = ""
     language: str = ""
     kind: str = "text"
+    column: str = "text"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -67,9 +69,12 @@ class PrepareConfig:
             validation, in [0, 1).
         seed: another seed gives another split.
         min_characters: shorter texts are dropped.
+        root: the folder that relative paths start from, itself relative to the recipe's folder or, if
+            there is none, to the current one. The recipe's folder when not given.
     """
 
     sources: tuple[SourceConfig, ...]
+    root: str = ""
     validation_fraction: float = 0.05
     seed: int = 0
     min_characters: int = 1
@@ -84,6 +89,21 @@ class PrepareConfig:
                 f"validation_fraction is {self.validation_fraction}, not in [0, 1).",
                 "0.05 keeps one in twenty.",
             )
+
+    def base(self, recipe: Path) -> Path:
+        """The folder that the sources' paths start from.
+
+        Raises:
+            DataError: `root` is no folder.
+        """
+        candidates = [recipe / self.root, Path(self.root)] if self.root else [recipe]
+        found = next((folder for folder in candidates if folder.is_dir()), None)
+        if found is None:
+            raise DataError(
+                f"There is no folder {' or '.join(map(str, candidates))} with the recipe's data.",
+                "Say where it lies: --set prepare.root=FOLDER. The recipe's first lines tell what it needs.",
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +262,7 @@ def _gather_file(
     pattern = compile_rule(source.split)
     matches = rows = found = kept = 0
     dropped: Counter[str] = Counter()
-    for raw in read_raw(path, license=source.license, language=source.language):
+    for raw in read_raw(path, license=source.license, language=source.language, column=source.column):
         rows += 1
         if pattern is not None:
             matches += sum(1 for line in (raw.text or "").splitlines() if pattern.search(line))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lexmill.config import suggest
-from lexmill.data.decoding import read_bytes, read_lines, read_text
+from lexmill.data.decoding import raw_suffix, read_bytes, read_lines, read_text
 from lexmill.data.documents import read_parquet_batches
 from lexmill.data.folders import find_inputs
 from lexmill.data.markup import html_to_text, markdown_to_text
@@ -39,14 +40,17 @@ class RawDocument:
     meta: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_raw(path: Path | str, *, license: str = "", language: str = "") -> Iterator[RawDocument]:
+def read_raw(
+    path: Path | str, *, license: str = "", language: str = "", column: str = "text"
+) -> Iterator[RawDocument]:
     """Read one raw file.
 
     Args:
         path: a `.txt`, `.md`, `.html`/`.htm` (each one document), `.jsonl`/`.ndjson`, `.csv`, `.tsv` or
-            `.parquet` file (a document a row, streamed).
+            `.parquet` file (a document a row, streamed). Files of rows may be compressed: `.csv.xz`, `.jsonl.gz`.
         license: for rows that do not say it themselves.
         language: likewise.
+        column: the field of a row that holds the text.
 
     Raises:
         FileError: it cannot be opened.
@@ -59,13 +63,13 @@ def read_raw(path: Path | str, *, license: str = "", language: str = "") -> Iter
         ".md": _read_markdown,
         ".html": _read_html,
         ".htm": _read_html,
-        ".jsonl": _read_jsonl,
-        ".ndjson": _read_jsonl,
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
-        ".parquet": _read_parquet,
+        ".jsonl": partial(_read_jsonl, column=column),
+        ".ndjson": partial(_read_jsonl, column=column),
+        ".csv": partial(_read_csv, column=column),
+        ".tsv": partial(_read_csv, column=column),
+        ".parquet": partial(_read_parquet, column=column),
     }
-    reader = readers.get(path.suffix.lower())
+    reader = readers.get(raw_suffix(path))
     if reader is None:
         raise DataError(
             f"{path}: files with the suffix '{path.suffix}' cannot be read.",
@@ -147,7 +151,7 @@ def _read_html(path: Path) -> Iterator[RawDocument]:
     yield RawDocument(text=text, meta={"title": title} if title else {})
 
 
-def _read_jsonl(path: Path) -> Iterator[RawDocument]:
+def _read_jsonl(path: Path, column: str) -> Iterator[RawDocument]:
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -166,20 +170,20 @@ def _read_jsonl(path: Path) -> Iterator[RawDocument]:
             raise DataError(f"{path}, line {number:,}: this JSON cannot be read ({error}).") from error
         if not isinstance(values, dict):
             raise DataError(f"{where}: it is {kind_of(values)}, not an object.", ROW_NEEDS)
-        yield _row_document(values, where, number)
+        yield _row_document(_named_text(values, column), where, number)
 
 
-def _read_csv(path: Path) -> Iterator[RawDocument]:
+def _read_csv(path: Path, column: str) -> Iterator[RawDocument]:
     if csv.field_size_limit() < FIELD_LIMIT:
         csv.field_size_limit(FIELD_LIMIT)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    delimiter = "\t" if raw_suffix(path) == ".tsv" else ","
     rows = csv.reader(read_lines(path), delimiter=delimiter, strict=True)
     try:
         header = next((row for row in rows if any(cell.strip() for cell in row)), None)
         if header is None:
             raise DataError(f"{path}: this file holds only white space.", "Remove it, or put rows into it.")
         header = [name.strip() for name in header]
-        _check_header(header, path)
+        _check_header(header, path, column)
         number = 0
         for cells in rows:
             if not cells:
@@ -192,7 +196,8 @@ def _read_csv(path: Path) -> Iterator[RawDocument]:
                     'Fields that contain the separator or a line end stand in double quotes ("...").',
                 )
             where = f"{path}, line {rows.line_num:,}"
-            yield _row_document(_csv_values(header, cells, where), where, number)
+            values = _named_text(_csv_values(header, cells, where), column)
+            yield _row_document(values, where, number)
     except csv.Error as error:
         raise DataError(
             f"{path}, line {rows.line_num:,}: broken CSV: {error}.",
@@ -200,19 +205,29 @@ def _read_csv(path: Path) -> Iterator[RawDocument]:
         ) from error
 
 
-def _check_header(header: list[str], path: Path) -> None:
+def _check_header(header: list[str], path: Path, column: str) -> None:
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
         raise DataError(f'{path}, line 1: two columns are named "{twice}".', "Rename or remove one of them.")
-    if "text" not in header and "messages" not in header:
-        near = suggest("text", header)
-        guess = (
-            near + ' Rename it to "text".'
-            if near.startswith("Did")
-            else 'Name the column that holds the text "text".'
-        )
-        columns = ", ".join(f'"{name}"' for name in header)
-        raise DataError(f'{path}, line 1: there is no column "text"; the columns are {columns}.', guess)
+    if column not in header and "messages" not in header:
+        raise _no_column(f"{path}, line 1", header, column)
+
+
+def _no_column(where: str, header: Collection[str], column: str) -> DataError:
+    columns = ", ".join(f'"{name}"' for name in header) or "none"
+    near = suggest(column, header)
+    return DataError(
+        f'{where}: there is no column "{column}"; the columns are {columns}.',
+        f'{near + " " if near.startswith("Did") else ""}Say with column = "NAME" which one holds the text, '
+        "or rename it.",
+    )
+
+
+def _named_text(values: Mapping[str, Any], column: str) -> Mapping[str, Any]:
+    """The row with its text under the name "text"."""
+    if column == "text" or column not in values:
+        return values
+    return {**{key: value for key, value in values.items() if key != column}, "text": values[column]}
 
 
 def _csv_values(header: list[str], cells: list[str], where: str) -> dict[str, Any]:
@@ -226,15 +241,12 @@ def _csv_values(header: list[str], cells: list[str], where: str) -> dict[str, An
     return values
 
 
-def _read_parquet(path: Path) -> Iterator[RawDocument]:
+def _read_parquet(path: Path, column: str) -> Iterator[RawDocument]:
     number = 0
     for batch in read_parquet_batches(path):
         for values in batch:
             number += 1
             where = f"{path}, row {number:,}"
-            if "text" not in values and "messages" not in values:
-                columns = ", ".join(f'"{name}"' for name in values) or "none"
-                raise DataError(
-                    f'{path}: there is no column "text" or "messages"; the columns are {columns}.', ROW_NEEDS
-                )
-            yield _row_document(values, where, number)
+            if column not in values and "messages" not in values:
+                raise _no_column(str(path), values, column)
+            yield _row_document(_named_text(values, column), where, number)

@@ -11,6 +11,7 @@ import numpy as np
 
 from lexmill.data.documents import Document, read_documents
 from lexmill.errors import DataError
+from lexmill.evaluate.gaps import FillCase, fill_scores, pretraining_scores
 from lexmill.finetune.chat import chat_example, fit
 from lexmill.inference.language_model import LanguageModel
 from lexmill.progress import SILENT, Progress
@@ -28,6 +29,7 @@ class EvaluateConfig:
     replies: int = 100  # conversations answered in full, at most, held-out and seen ones each
     reply_tokens: int = 48
     examples: int = 12  # question-and-answer pairs kept for the report
+    fill: tuple[FillCase, ...] = ()  # sentences with a gap, and what should be among the best fillings
 
 
 def evaluate(
@@ -41,14 +43,21 @@ def evaluate(
     """Measure `model`, and `base` for comparison, on the documents that `prepare` wrote.
 
     Returns:
-        {"text": {"before"?, "after"}, "replies": {"before"?, "after", "seen_after"}, "examples"}, where
+        Of a decoder {"text": {"before"?, "after"}, "replies": {"before"?, "after", "seen_after"}, "examples"}, where
         "text" has the mean loss in nats a token, perplexity, bits per byte; "replies" has the loss and
         accuracy of the next token with the true reply so far given, and the share of replies that greedy
         generation gets exactly right. "seen_after" is measured on conversations of the training split.
+        Of an encoder or an encoder–decoder {"pretraining": losses and accuracies of its own objective on
+        held-out text, "fill": what it puts into the sentences of `config.fill`}.
 
     Raises:
         DataError: nothing to measure on.
     """
+    if model.config.shape != "decoder":
+        with progress.task("evaluating", 2, "measures") as task:
+            found = pretraining_scores(model, documents, config.rows, config.text_tokens)
+            task.advance()
+            return {"pretraining": found, "fill": fill_scores(model, documents, config.fill)}
     held_out = list(read_documents(documents / "validation.parquet"))
     texts = [document for document in held_out if document.kind == "text"]
     chats = [document for document in held_out if document.kind == "chat"]

@@ -147,9 +147,14 @@ OBJECTIVE_OF = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "sp
 
 
 def tokenize_documents(
-    documents: Path, tokenizer: Tokenizer, out: Path, *, progress: Progress = SILENT
+    documents: Path,
+    tokenizer: Tokenizer,
+    out: Path,
+    *,
+    splits: tuple[str, ...] = ("train", "validation"),
+    progress: Progress = SILENT,
 ) -> dict[str, TokenShard]:
-    """Turn the text documents of both splits into token shards `out/train` and `out/validation`.
+    """Turn the text documents of the splits into token shards, `out/train` and `out/validation`.
 
     The texts of special tokens inside a document stay ordinary text.
 
@@ -157,7 +162,7 @@ def tokenize_documents(
         DataError: a split has no text documents.
     """
     shards = {}
-    for split in ("train", "validation"):
+    for split in splits:
         with progress.task(f"tokenizing {split}", None, "documents") as task:
 
             def encoded(split: str = split, task: Any = task) -> Any:
@@ -172,7 +177,7 @@ def tokenize_documents(
                 vocab_size=tokenizer.vocab_size,
                 tokenizer_sha256=tokenizer.sha256,
             )
-    if shards["train"].tokens == 0:
+    if shards[splits[0]].tokens == 0:
         raise DataError(
             f"{documents}: there are no text documents to pretrain on.", "Add a source of kind 'text'."
         )

@@ -60,9 +60,10 @@ def tokenize_sentences(
     out: Path,
     *,
     chinese_words: bool,
+    splits: tuple[str, ...] = ("train", "validation"),
     progress: Progress = SILENT,
 ) -> dict[str, Sentences]:
-    """Turn the text documents of both splits into `Sentences`, in token shards below `out`.
+    """Turn the text documents of the splits into `Sentences`, in token shards below `out`.
 
     Args:
         chinese_words: find words in Chinese text (with the package jieba), where every character
@@ -74,7 +75,7 @@ def tokenize_sentences(
     """
     _, separator = tokenizer.require_separators()
     found = {}
-    for split in ("train", "validation"):
+    for split in splits:
         with progress.task(f"tokenizing {split}", None, "documents") as task:
             words = _Words(tokenizer, chinese_words)
             flags: list[np.ndarray] = []
@@ -90,9 +91,11 @@ def tokenize_sentences(
                         yield ids.tolist(), len(document.text.encode("utf-8"))
 
             ids = _write(out / split, encoded(), tokenizer)
-            continues = _write(out / f"{split}-words", ((flag.astype(int).tolist(), 0) for flag in flags), tokenizer)
+            continues = _write(
+                out / f"{split}-words", ((flag.astype(int).tolist(), 0) for flag in flags), tokenizer
+            )
             found[split] = Sentences(ids, continues, separator)
-    if not len(found["train"]):
+    if not len(found[splits[0]]):
         raise DataError(
             f"{documents}: there are no text documents to pretrain on.", "Add a source of kind 'text'."
         )

@@ -26,12 +26,13 @@ STEPS: dict[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A recipe as read: its name, the folder that its paths start from, and each step's table."""
+    """A recipe as read: its name, the folder that its paths start from, its steps and their tables."""
 
     name: str
     description: str
     base: Path
     tables: dict[str, dict[str, Any]]
+    steps: tuple[str, ...] = tuple(STEPS)
 
     def table(self, step: str) -> Any:
         """The step's configuration, checked.
@@ -44,7 +45,7 @@ class Recipe:
 
     def check(self) -> None:
         """Check every table, so that a mistake in the last step does not show after the first."""
-        for step in STEPS:
+        for step in self.steps:
             self.table(step)
 
 
@@ -60,6 +61,7 @@ def read_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
         raise FileError(f"{path}: there is no such recipe.", "Try recipes/quickstart.toml.")
     values = apply_overrides(read_toml(path), overrides)
     name, description = values.pop("name", path.stem), values.pop("description", "")
+    steps = _chosen_steps(values.pop("steps", list(STEPS)), path)
     for key, value in values.items():
         if key not in STEPS:
             raise ConfigError(f"{path}: unknown table '{key}'.", suggest(key, STEPS))
@@ -74,12 +76,37 @@ def read_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
         description=str(description),
         base=path.parent,
         tables={step: values.get(step, {}) for step in STEPS},
+        steps=steps,
     )
+
+
+# What a step cannot do without.
+_NEEDED = {
+    "tokenizer": "prepare",
+    "pretrain": "tokenizer",
+    "finetune": "pretrain",
+    "evaluate": "pretrain",
+    "export": "pretrain",
+    "verify": "export",
+}
+
+
+def _chosen_steps(steps: Any, path: Path) -> tuple[str, ...]:
+    """The steps of a recipe, in their order; all of them when it names none."""
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+        raise ConfigError(f"{path}: 'steps' should be a list of names.", f"Steps are {', '.join(STEPS)}.")
+    for step in steps:
+        if step not in STEPS:
+            raise ConfigError(f"{path}: there is no step '{step}'.", suggest(step, STEPS))
+        if step in _NEEDED and _NEEDED[step] not in steps:
+            raise ConfigError(f"{path}: the step '{step}' needs the step '{_NEEDED[step]}'.")
+    return tuple(step for step in STEPS if step in steps)
 
 
 def to_toml(recipe: Recipe) -> str:
     """The recipe with all overrides, as TOML: written beside what it made."""
     lines = [f"name = {_toml(recipe.name)}", f"description = {_toml(recipe.description)}"]
+    lines += [f"steps = {_toml(recipe.steps)}"]
     for step, table in recipe.tables.items():
         lines += ["", f"[{step}]"]
         lines += [f"{key} = {_toml(value)}" for key, value in table.items()]

@@ -78,7 +78,8 @@ def make_plan(recipe: Recipe, run: Path, start: str | None = None) -> list[Plann
     plan: list[Planned] = []
     rerun: set[str] = set()
     asked = {*read_redo(run), *(steps_from(start) if start else ())}
-    for step, kind in STEP_KINDS.items():
+    for step in recipe.steps:
+        kind = STEP_KINDS[step]
         record = read_record(run, step)
         parts = {
             "recipe": recipe.tables[step],
@@ -103,7 +104,7 @@ def _inputs(recipe: Recipe, run: Path, step: str) -> dict[str, str]:
     if step == "prepare":
         return _raw_files(recipe)
     hashes: dict[str, str] = {}
-    for need in STEP_KINDS[step].needs:
+    for need in (need for need in STEP_KINDS[step].needs if need in recipe.steps):
         outputs = read_record(run, need).get("outputs", {})
         hashes |= {path: entry.get("sha256", "") for path, entry in outputs.items() if not _is_log(path)}
     return hashes
@@ -133,7 +134,7 @@ def _raw_files(recipe: Recipe) -> dict[str, str]:
     from lexmill.data.folders import find_inputs
 
     config = recipe.table("prepare")
-    files = find_inputs([source.path for source in config.sources], recipe.base)
+    files = find_inputs([source.path for source in config.sources], config.base(recipe.base))
     return {str(path): content_hash(path) for path in files}
 
 

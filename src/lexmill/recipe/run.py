@@ -18,7 +18,7 @@ from lexmill.files import (
     write_json,
 )
 from lexmill.progress import SILENT, Progress, format_duration
-from lexmill.recipe.config import STEPS, Recipe, read_recipe, to_toml
+from lexmill.recipe.config import Recipe, read_recipe, to_toml
 from lexmill.recipe.plan import (
     REDO,
     WORK,
@@ -58,8 +58,8 @@ def run(
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe, overrides)
     folder = run_directory(recipe, out)
-    if start is not None and start not in STEPS:
-        raise ConfigError(f"There is no step '{start}'.", f"Steps are {', '.join(STEPS)}.")
+    if start is not None and start not in recipe.steps:
+        raise ConfigError(f"There is no step '{start}'.", f"Steps are {', '.join(recipe.steps)}.")
     with exclusive_lock(folder / ".lock", f"the run {folder}"):
         first = make_plan(recipe, folder, start)
         waiting = [planned for planned in first if planned.reason]
@@ -75,7 +75,7 @@ def run(
             _write_redo(
                 folder, [step for step in STEP_KINDS if step in {*read_redo(folder), *steps_from(start)}]
             )
-        for step in STEP_KINDS:
+        for step in recipe.steps:
             # planned anew: what a step reads is known only when the one before has ended
             planned = next(one for one in make_plan(recipe, folder) if one.step == step)
             if planned.reason:
@@ -120,6 +120,7 @@ def _compute_settings() -> None:
     from lexmill import devices
 
     devices.keep_freed_memory()
+    devices.wait_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("OMP_NUM_THREADS", str(devices.threads()))
 

@@ -71,7 +71,8 @@ class StepKind:
 def _prepare(place: Place) -> dict[str, Any]:
     from lexmill.data.prepare import prepare
 
-    result = prepare(place.recipe.table("prepare"), place.work / "prepare", place.recipe.base, place.progress)
+    config = place.recipe.table("prepare")
+    result = prepare(config, place.work / "prepare", config.base(place.recipe.base), place.progress)
     figures = {"files": result.files}
     for split, kinds in result.counts.items():
         for kind, counts in kinds.items():
@@ -165,19 +166,30 @@ def _finetune(place: Place) -> dict[str, Any]:
     return _training_figures(result)
 
 
+def trained_model(place: Place) -> Path:
+    """The model directory of the last training step of the recipe."""
+    return place.run / ("finetune" if "finetune" in place.recipe.steps else "pretrain") / "model"
+
+
 def _evaluate(place: Place) -> dict[str, Any]:
     from lexmill.evaluate.stage import evaluate
     from lexmill.inference.language_model import load
 
+    tuned = "finetune" in place.recipe.steps
     scores = evaluate(
         place.recipe.table("evaluate"),
-        load(place.run / "finetune" / "model"),
+        load(trained_model(place)),
         place.run / "prepare",
-        base=load(place.run / "pretrain" / "model"),
+        base=load(place.run / "pretrain" / "model") if tuned else None,
         progress=place.progress,
     )
     write_json(place.work / "evaluate" / "scores.json", scores)
-    return _flat({key: scores[key] for key in ("text", "replies")})
+    fillings = {f"fill {case['text']}": case["said"] for case in scores.get("fill", ())}
+    return fillings | _flat({key: scores[key] for key in SCORES if scores.get(key)})
+
+
+# Parts of scores.json that are figures.
+SCORES = ("text", "replies", "pretraining")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -201,11 +213,12 @@ def _export(place: Place) -> dict[str, Any]:
     shutil.rmtree(model, ignore_errors=True)
     staged = place.work / "staged"
     shutil.rmtree(staged, ignore_errors=True)
-    shutil.copytree(place.run / "finetune" / "model", staged)
-    scores = read_json(place.run / "evaluate" / "scores.json")
+    shutil.copytree(trained_model(place), staged)
+    path = place.run / "evaluate" / "scores.json"
+    scores = read_json(path) if "evaluate" in place.recipe.steps else {}
     lineage = {
         **ModelDirectory.open(staged).lineage,
-        "scores": {key: scores[key] for key in ("text", "replies")},
+        "scores": {key: scores[key] for key in SCORES if scores.get(key)},
     }
     write_json(staged / LINEAGE_FILE, lineage)
     export_huggingface(staged, model)
@@ -219,8 +232,9 @@ def _export(place: Place) -> dict[str, Any]:
             export_gguf(directory, path, name)
             figures[f"{name.lower()} megabytes"] = round(path.stat().st_size / 1e6, 2)
             task.advance()
-    chosen = place.work / "export" / f"model-{config.ollama_type.lower()}.gguf"
-    write_modelfile(directory, chosen, place.work / "export" / "Modelfile", config.system)
+    if directory.config.shape == "decoder":
+        chosen = place.work / "export" / f"model-{config.ollama_type.lower()}.gguf"
+        write_modelfile(directory, chosen, place.work / "export" / "Modelfile", config.system)
     return figures
 
 
@@ -284,11 +298,13 @@ STEP_KINDS: dict[str, StepKind] = {
     ),
     "evaluate": StepKind(
         ("prepare", "pretrain", "finetune"),
-        (*_TRAINING, "finetune", "inference", "evaluate"),
+        (*_TRAINING, "pretrain", "finetune", "inference", "evaluate"),
         {"evaluate": "evaluate"},
         _evaluate,
     ),
-    "export": StepKind(("finetune", "evaluate"), _RUNTIMES, {"export": "export", "model": "model"}, _export),
+    "export": StepKind(
+        ("pretrain", "finetune", "evaluate"), _RUNTIMES, {"export": "export", "model": "model"}, _export
+    ),
     "verify": StepKind(("export",), _RUNTIMES, {"verify.json": "verify.json"}, _verify),
     "report": StepKind(
         ("prepare", "tokenizer", "pretrain", "finetune", "evaluate", "export", "verify"),

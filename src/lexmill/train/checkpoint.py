@@ -29,6 +29,7 @@ class Position:
     tokens: int = 0
     seconds: float = 0.0
     skipped: int = 0
+    precision: str = ""  # chosen by a probe at the start; another choice would be another run
     loader: dict[str, Any] | None = None
 
 

@@ -167,7 +167,7 @@ class _Run:
             weight_decay=config.weight_decay,
             precision=self.precision,
         )
-        self.position = Position()
+        self.position = Position(precision=self.precision)
         self.log = MetricsLog(folder / "metrics.jsonl")
         self.smooth_loss = math.nan
         self.note = ""
@@ -187,6 +187,9 @@ class _Run:
         found = load_checkpoint(self.folder / "checkpoints", self.model, self.optimizers, progress)
         if found:
             self.position = found
+            if found.precision and found.precision != self.precision:
+                self.precision = found.precision
+                self.optimizers.set_precision(found.precision)
             self.loader.restore(found.loader or {})
             progress.say(f"going on from step {found.step:,}")
         elif self.config.steps:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, "Muon"
 
 
@@ -28,7 +29,7 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype = torch.float32,  # of the products that make an update orthogonal
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self._dtype = dtype
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -41,7 +42,7 @@ class Muon(torch.optim.Optimizer):
                 updates = torch.stack(
                     [self._momentum(parameter, group["momentum"]) for parameter in parameters]
                 )
-                updates = orthogonalise(updates.to(self._dtype)).float()
+                updates = orthogonalise(updates.to(self.dtype)).float()
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, update in zip(parameters, updates):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
@@ -102,11 +103,16 @@ class OptimizerSet:
             torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=True)
         ]
         if matrices:
-            dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
             self.optimizers.append(
-                Muon(matrices, lr=matrix_learning_rate, weight_decay=weight_decay, dtype=dtype)
+                Muon(matrices, lr=matrix_learning_rate, weight_decay=weight_decay, dtype=_DTYPES[precision])
             )
         self._base = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+    def set_precision(self, precision: str) -> None:
+        """Make Muon's products run in "float32" or "bfloat16"."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Muon):
+                optimizer.dtype = _DTYPES[precision]
 
     def step(self, factor: float) -> None:
         """One update with every learning rate times `factor`; gradients are cleared."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+_TURNS = 4
+
 
 def matmul_gflops(dtype: torch.dtype, size: int = 512, seconds: float = 0.05) -> float:
     """The best rate of a square matrix product in `dtype` within a short time, in GFLOP/s."""
@@ -30,8 +32,11 @@ def choose_precision(asked: str = "auto") -> str:
     """
     if asked != "auto":
         return asked
-    matmul_gflops(torch.float32, seconds=0.02)  # wakes the threads
-    return "bfloat16" if matmul_gflops(torch.bfloat16) >= 1.5 * matmul_gflops(torch.float32) else "float32"
+    best = dict.fromkeys((torch.float32, torch.bfloat16), 0.0)
+    for _ in range(_TURNS):  # in turn: another process may hold a core for a while
+        for dtype in best:
+            best[dtype] = max(best[dtype], matmul_gflops(dtype))
+    return "bfloat16" if best[torch.bfloat16] >= 1.5 * best[torch.float32] else "float32"
 
 
 def autocast(precision: str) -> Any:
