@@ -77,7 +77,7 @@ class EncoderDecoderComparison:
             return check()
         except Exception as error:
             said, config = f"{type(error).__name__}: {error}"[:300], self.model.config
-            if config.decoder_layers > config.layers:
+            if isinstance(error, IndexError) and config.decoder_layers > config.layers:
                 # seen in 5.23: it makes the decoder's cache with as many layers as the encoder has
                 why = "transformers' generate breaks on a decoder with more layers than the encoder"
                 return Check(self.name, name, None, detail=f"{why} ({said})")
