@@ -90,7 +90,9 @@ def tokenize_sentences(
                         yield ids.tolist(), len(document.text.encode("utf-8"))
 
             ids = _write(out / split, encoded(), tokenizer)
-            continues = _write(out / f"{split}-words", ((flag.astype(int).tolist(), 0) for flag in flags), tokenizer)
+            continues = _write(
+                out / f"{split}-words", ((flag.astype(int).tolist(), 0) for flag in flags), tokenizer
+            )
             found[split] = Sentences(ids, continues, separator)
     if not len(found["train"]):
         raise DataError(
