@@ -1,16 +1,26 @@
-"""`verify` and the exports on encoders and encoder–decoders: transformers agrees, and what is broken is found."""
+"""`verify` and the exports on encoders and encoder–decoders: the others agree, and what is broken is found."""
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import lexmill, randomise
 
+from lexmill.errors import ModelError
+from lexmill.formats.gguf import GGUFFile, u32
+from lexmill.inference.language_model import load
+from lexmill.inference.sampling import log_softmax
 from lexmill.model.build import build_model
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
+from lexmill.runtimes import llama_cpp
+from lexmill.runtimes.gguf_shapes import held_weights
 from lexmill.runtimes.huggingface import export_huggingface
+from lexmill.runtimes.llama_cpp import FILE_TYPES, export_gguf
 from lexmill.runtimes.verify import verify
 from lexmill.tokenizer.training import TokenizerConfig, train_tokenizer
 
@@ -32,6 +42,7 @@ MODELS = {
         "unigram",
         dict(decoder_layers=1, gated=False, activation="relu", scale_output=True),
     ),
+    "t5 scaled": ("t5", "unigram", dict(decoder_layers=2, tied=False, scale_output=True)),
     "t5 deep decoder": ("t5", "unigram", dict(decoder_layers=3)),
 }
 CHECKS = {
@@ -167,6 +178,113 @@ def test_tokenizers_that_leave_out_segments_are_found(models, tmp_path):
     names = {"model_input_names": ["input_ids", "attention_mask"]}
     path.write_text(json.dumps(json.loads(path.read_text()) | names))
     assert failed(verify(folder)) == {"tokens"}
+
+
+@pytest.mark.parametrize("name", ["bert", "bert masked", "bert without heads"])
+def test_llama_cpp_embeds_as_lexmill_does(models, tmp_path, name):
+    pytest.importorskip("xllamacpp")
+    model = models(name)
+    files = [export_gguf(model, tmp_path / f"{type}.gguf", type) for type in FILE_TYPES]
+    report = verify(model.path, files)
+    assert report.exit_code == 0, report.table_rows()
+    for type in FILE_TYPES:
+        found = [check.check for check in report.checks if check.runtime == f"llama.cpp {type}"]
+        assert found == ["weights", "tokens", "embeddings"]
+
+
+def test_a_file_that_pools_otherwise_is_found(models, tmp_path, monkeypatch):
+    pytest.importorskip("xllamacpp")
+    make, model = llama_cpp.shape_metadata, models("bert")
+    with monkeypatch.context() as patch:
+        first = {"bert.pooling_type": u32(2)}
+        patch.setattr(llama_cpp, "shape_metadata", lambda config: make(config) | first)
+        file = export_gguf(model, tmp_path / "m.gguf", "f32")
+    assert {"weights", "embeddings"} <= failed(verify(model.path, [file]))
+
+
+@pytest.mark.parametrize(
+    "name,weight", [("bert", "encoder.blocks.1.mlp.down.weight"), ("t5 1.1", "head.weight")]
+)
+def test_one_weight_in_a_file_is_found(models, tmp_path, name, weight):
+    model = models(name)
+    weights = {own: found.copy() for own, found in model.weights().items()}
+    weights[weight].reshape(-1)[7] += 3
+    other = write_model_directory(tmp_path / "m", model.config, weights, model.tokenizer)
+    report = verify(model.path, [export_gguf(other, tmp_path / "m.gguf", "q8_0")], tokens=4)
+    assert "weights" in failed(report) and report.exit_code == 1
+
+
+@pytest.mark.parametrize("name", ["t5 1.1", "t5 1.0", "t5 scaled"])
+def test_llama_cpp_computes_t5_as_lexmill_does(models, tmp_path, name):
+    """By its C interface. Its cache is in half precision there, which moves log-probabilities by about 0.01."""
+    pytest.importorskip("xllamacpp")
+    model, source, written = models(name), [5, 6, 7, 140, 33, 1], [0, 20, 130, 40, 77, 60]
+    file = export_gguf(model, tmp_path / "m.gguf", "f32")
+    script = Path(__file__).with_name("t5_in_llama_cpp.py")
+    asked = [sys.executable, script, file, json.dumps([source, written])]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = json.loads(done.stdout)
+    theirs, ours = np.array(answer["logits"]), load(model.path).logits(source, written)
+    assert answer["start"] == model.config.decoder_start
+    difference = np.abs(log_softmax(theirs) - log_softmax(ours)).max()
+    assert difference < 0.05 and (theirs.argmax(-1) == ours.argmax(-1)).all(), difference
+    # the rows themselves too: without the scaling they would be other numbers, though not other choices
+    assert np.abs(theirs - ours).max() < 0.05
+
+
+def test_of_a_t5_file_the_weights_are_compared_and_the_rest_is_said_to_be_open(models, tmp_path):
+    for name in ("t5 1.1", "t5 1.0", "t5 scaled"):
+        model = models(name)
+        files = [export_gguf(model, tmp_path / f"{type}.gguf", type) for type in FILE_TYPES]
+        report = verify(model.path, files, tokens=2)
+        ours = [check for check in report.checks if check.runtime.startswith("llama.cpp")]
+        assert [(check.check, check.passed) for check in ours] == 4 * [("weights", True), ("runs", None)]
+        assert report.exit_code == 2 and "ends its process" in ours[1].detail
+        with GGUFFile.open(files[0]) as file:
+            back = llama_cpp.file_weights(file, model)
+        assert set(back) == set(model.weights())
+        for own, weight in model.weights().items():
+            np.testing.assert_allclose(back[own], weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5 1.0"])
+def test_gguf_py_knows_every_name(models, tmp_path, name):
+    gguf = pytest.importorskip("gguf")
+    config = models(name).config
+    arch = {known: number for number, known in gguf.MODEL_ARCH_NAMES.items()}[config.family]
+    names = gguf.get_tensor_name_map(arch, 8)
+    held = held_weights(config)
+    for one in held:
+        assert names.get_name(one.huggingface.removeprefix("bert."), (".weight", ".bias")) == one.gguf
+    reader = gguf.GGUFReader(export_gguf(models(name), tmp_path / "m.gguf", "q8_0"))
+    assert {tensor.name for tensor in reader.tensors} == {one.gguf for one in held}
+    for tensor in reader.tensors:
+        if "norm" in tensor.name or tensor.name in ("position_embd.weight", "token_types.weight"):
+            assert tensor.tensor_type.name == "F32", tensor.name
+
+
+@pytest.mark.parametrize(
+    "name,change,said",
+    [
+        ("modernbert", {}, "ModernBERT's shape is not exported"),
+        ("t5 deep decoder", {}, "more layers than the encoder"),
+        ("bert", {"hidden_act": "silu"}, "activation 'silu'"),
+        ("t5 1.1", {"relative_attention_max_distance": 64}, "relative positions up to 64"),
+        ("t5 1.1", {"feed_forward_proj": "gated-silu"}, "activation 'silu' in its MLP"),
+    ],
+)
+def test_what_llama_cpp_has_no_form_for_is_refused(models, tmp_path, name, change, said):
+    folder = tmp_path / "m"
+    shutil.copytree(models(name).path, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match=said):
+        export_gguf(folder, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+    if name == "modernbert":
+        done = lexmill("export", "gguf", folder, "--out", tmp_path / "m.gguf")
+        assert done.returncode == 2 and "not exported to GGUF" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "t5 1.1"])

@@ -9,9 +9,12 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lexmill.errors import LexmillError, MissingPackageError
 from lexmill.formats.gguf import GGUFFile
@@ -23,7 +26,6 @@ from lexmill.runtimes.verify_cases import DEFAULT_PROMPTS
 from lexmill.runtimes.verify_checks import (
     TOLERANCES,
     Comparison,
-    Runtime,
     compare_ids,
     mean_divergence,
 )
@@ -36,7 +38,10 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_PROMPTS", "TOLERANCES", "Check", "VerifyReport", "verify"]
 
-_DECODERS_ONLY = "GGUF files are compared for decoders with a tokenizer only"
+_ONLY_WEIGHTS = (
+    "the server of llama.cpp ends its process when it loads an encoder–decoder: only the file's weights and "
+    "constants were compared"
+)
 _SMALL = 50_000_000  # weights; below, more threads cost more in waiting than they bring
 
 
@@ -74,10 +79,7 @@ def verify(
         task.advance(1)
         checks = list(_compare("transformers", open_transformers(directory), own.asked, task))
         for path in map(Path, ggufs):
-            if own.reference is not None:
-                checks += _check_gguf(path, own.reference, task)
-            else:
-                checks.append(Check(f"llama.cpp {path.name}", "all", None, detail=_DECODERS_ONLY))
+            checks += _check_gguf(path, own, task)
     return VerifyReport(str(directory.path), _environment(), tuple(checks))
 
 
@@ -93,11 +95,21 @@ class _Own:
     ) -> None:
         from lexmill.runtimes.verify_reference import Reference
 
-        self.model, self.shape, self.tokens = model, directory.config.shape, tokens
+        self.model, self.directory, self.tokens = model, directory, tokens
+        self.shape = directory.config.shape
         self.read = directory.has_tokenizer
         self.reference: Reference | None = None
         if self.shape == "decoder" and self.read:
             self.reference = Reference(model, directory, prompts, tokens)
+
+    def with_weights(self, weights: Mapping[str, np.ndarray]) -> LanguageModel:
+        """The same model with other weights."""
+        from lexmill.inference.language_model import LanguageModel
+        from lexmill.model.build import build_model
+
+        network = build_model(self.directory.config)
+        network.load_weights(weights)
+        return LanguageModel(network.eval(), self.directory.tokenizer)
 
     def asked(self, name: str, runtime: Any) -> Iterator[Check]:
         """The checks of transformers."""
@@ -132,56 +144,72 @@ def _compare(
         yield Check(name, "runs", False, detail=f"{type(error).__name__}: {error}"[:500])
 
 
-def _check_gguf(path: Path, reference: Reference, task: Task) -> Iterator[Check]:
+def _check_gguf(path: Path, own: _Own, task: Task) -> Iterator[Check]:
     name = f"llama.cpp {path.name}"
     try:
         with GGUFFile.open(path) as file:
             number = file.metadata.get("general.file_type")
             type = next((type for type, known in FILE_TYPES.items() if known == number), None)
             name = f"llama.cpp {type or path.stem}"
-            check, own = _weights_check(name, file, reference, type)
-            yield check
+            check = _weights_check(name, file, own.directory)
+            exact = check.figure == 0 and type == "f32"
+            weights = file_weights(file, own.directory) if check.passed and not exact else None
     except LexmillError as error:
         yield Check(name, "weights", False, detail=str(error))
         return
+    asked, cost = _asked_of_file(own, weights, type)
+    yield replace(check, detail=check.detail + cost)
     task.advance(1)
-    tolerance = TOLERANCES[type] if type else None
-    yield from _compare(
-        name,
-        _llama_cpp(path, reference),
-        lambda name, runtime: Comparison(name, runtime, own, tolerance).all(),
-        task,
-    )
+    if not own.read:
+        yield Check(
+            name, "runs", None, detail="the model has no tokenizer, without which no file of it is known"
+        )
+    elif own.shape == "encoder_decoder":
+        yield Check(name, "runs", None, detail=_ONLY_WEIGHTS)
+    else:
+        yield from _compare(name, _llama_cpp(path, own), asked, task)
 
 
-def _weights_check(
-    runtime: str, file: GGUFFile, reference: Reference, type: str | None
-) -> tuple[Check, Reference]:
-    """Whether a file holds the model, and lexmill running what it holds.
-
-    A file that does not hold the model is compared with the model itself: two that agree on something
-    else prove nothing.
-    """
-    directory = reference.directory
+def _weights_check(runtime: str, file: GGUFFile, directory: ModelDirectory) -> Check:
+    """Whether a file holds the model."""
     error, tensor = weight_error(file, directory)
     wrong = setting_differences(file, directory)
+    if error == 0 and not wrong:
+        return Check(runtime, "weights", True, error, 1, "every weight is the model's own")
     detail = "; ".join([*wrong, f"largest error, as a multiple of the type's own rounding: {tensor}"])
-    if not error <= 1 or wrong:
-        return Check(runtime, "weights", False, error, 1, detail), reference
-    if error == 0 and type == "f32":
-        return Check(runtime, "weights", True, error, 1, "every weight is the model's own"), reference
-    own = reference.with_weights(file_weights(file, directory), type or "")
-    cost = mean_divergence(reference.logprobs, own.logprobs)
-    detail += f"; what rounding the weights costs: mean KL {cost:.2g} nats"
-    return Check(runtime, "weights", True, error, 1, detail), own
+    return Check(runtime, "weights", bool(error <= 1 and not wrong), error, 1, detail)
+
+
+def _asked_of_file(
+    own: _Own, weights: Mapping[str, np.ndarray] | None, type: str | None
+) -> tuple[Callable[[str, Any], Iterator[Check]], str]:
+    """What is asked of llama.cpp running a file, and what the detail says of what rounding cost.
+
+    The other side is lexmill running what the file holds: `weights`, or None for the model's own. That
+    is also what a file that does not hold the model is compared with: two that agree on something else
+    prove nothing.
+    """
+    from lexmill.runtimes.verify_embeddings import compare_embeddings
+
+    if own.reference is None:
+        model = own.model if weights is None or own.shape != "encoder" else own.with_weights(weights)
+        return lambda name, runtime: compare_embeddings(name, runtime, model, type), ""
+    reference, cost = own.reference, ""
+    if weights is not None:
+        reference = own.reference.with_weights(weights, type or "")
+        divergence = mean_divergence(own.reference.logprobs, reference.logprobs)
+        cost = f"; what rounding the weights costs: mean KL {divergence:.2g} nats"
+    tolerance = TOLERANCES[type] if type else None
+    return lambda name, runtime: Comparison(name, runtime, reference, tolerance).all(), cost
 
 
 @contextlib.contextmanager
-def _llama_cpp(path: Path, reference: Reference) -> Iterator[Runtime]:
-    config = reference.directory.config
+def _llama_cpp(path: Path, own: _Own) -> Iterator[LlamaCpp]:
+    config, embeds = own.model.config, own.shape == "encoder"
     threads = 1 if config.parameters < _SMALL else 4
-    context = min(config.context, max(512, reference.longest + 8))
-    with LlamaCpp(path, threads=threads, context=context) as runtime:
+    longest = own.reference.longest + 8 if own.reference is not None else 0
+    context = config.context if embeds else min(config.context, max(512, longest))
+    with LlamaCpp(path, threads=threads, context=context, embeddings=embeds) as runtime:
         yield runtime
 
 
