@@ -30,7 +30,7 @@ TORCH = {"model", "train", "pretrain", "finetune", "evaluate"}
 TORCH_FILES = {
     "inference/torch_backend.py",
     "cli/doctor.py",
-    "runtimes/verify.py",
+    "runtimes/verify_transformers.py",
     "runtimes/verify_reference.py",
 }
 

@@ -13,7 +13,14 @@ from lexmill.inference.language_model import load
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
 from lexmill.model.names import weight_names, weight_shapes
-from lexmill.runtimes import gguf_tokenizer, llama_cpp, verify_checks, verify_reference, verify_report
+from lexmill.runtimes import (
+    gguf_shapes,
+    gguf_tokenizer,
+    llama_cpp,
+    verify_checks,
+    verify_reference,
+    verify_report,
+)
 from lexmill.runtimes.huggingface import export_huggingface
 from lexmill.runtimes.llama_cpp import LlamaCpp, RuntimeFailure, export_gguf
 from lexmill.runtimes.verify import verify
@@ -126,7 +133,7 @@ def copy_model(model, folder):
 
 
 def skip_permutation(monkeypatch, model, folder):
-    monkeypatch.setattr(llama_cpp, "permute_rope", lambda weight, heads: weight)
+    monkeypatch.setattr(gguf_shapes, "permute_rope", lambda weight, heads: weight)
     return model
 
 

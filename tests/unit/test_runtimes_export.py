@@ -14,8 +14,9 @@ from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
 from lexmill.model.names import weight_names, weight_shapes
 from lexmill.runtimes.gguf_tokenizer import tokenizer_metadata
-from lexmill.runtimes.huggingface import export_huggingface, licences, model_card
+from lexmill.runtimes.huggingface import export_huggingface
 from lexmill.runtimes.llama_cpp import FILE_TYPES, export_gguf, permute_rope, weight_error
+from lexmill.runtimes.model_card import licences, model_card
 from lexmill.runtimes.verify_report import Check, VerifyReport
 from lexmill.tokenizer.special import CHAT_TEMPLATE
 from lexmill.tokenizer.tokenizer import Tokenizer

@@ -49,10 +49,12 @@ def ollama(
 ) -> None:
     """A Modelfile, and the GGUF file that it names, for `ollama create NAME -f Modelfile`."""
     from lexmill.inference.language_model import find_model
+    from lexmill.model.directory import ModelDirectory
     from lexmill.runtimes.llama_cpp import export_gguf
-    from lexmill.runtimes.ollama import write_modelfile
+    from lexmill.runtimes.ollama import require_decoder, write_modelfile
 
     path = find_model(model)
+    require_decoder(ModelDirectory.open(path))
     file = out.parent / f"model-{type.lower()}.gguf"
     export_gguf(path, file, type, make_progress(quiet))
     write_modelfile(path, file, out, system)

@@ -22,7 +22,7 @@ def verify(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check token ids, chat prompts, logits and greedy text against transformers and llama.cpp.
+    """Check token ids, logits, written text and embeddings against transformers and llama.cpp.
 
     Exit code 0: all equal. 1: a difference. 2: something could not be checked.
     """

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,19 @@ from lexmill.errors import FileError, ModelError
 from lexmill.files import atomic_directory, atomic_write, read_json, require_space, write_json
 from lexmill.formats.safetensors import INDEX_NAME, SINGLE_NAME
 from lexmill.model.directory import LINEAGE_FILE, ModelDirectory
-from lexmill.tokenizer.special import SpecialIds, generation_config, tokenizer_config
+from lexmill.runtimes.model_card import model_card
+from lexmill.tokenizer.loading import FILE_NAMES
+from lexmill.tokenizer.special import generation_config
 
-_COPIED = ("config.json", "tokenizer.json", "special_tokens_map.json", LINEAGE_FILE)
+# A tokenizer of whatever form: what transformers would read beside what it reads first.
+_COPIED = (
+    "config.json",
+    *FILE_NAMES,
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    LINEAGE_FILE,
+)
 
 
 def export_huggingface(model: ModelDirectory | Path | str, out: Path | str) -> Path:
@@ -37,7 +46,7 @@ def export_huggingface(model: ModelDirectory | Path | str, out: Path | str) -> P
     model = model if isinstance(model, ModelDirectory) else ModelDirectory.open(model)
     out = Path(out)
     _check_target(model, out)
-    settings = _checked_settings(model)
+    settings = _checked_settings(model) if model.has_tokenizer else None
     generation = _checked_generation(model)
     weights = _weight_files(model.path)
     require_space(out.parent, int(1.05 * sum(path.stat().st_size for path in weights)), "The exported model")
@@ -47,9 +56,11 @@ def export_huggingface(model: ModelDirectory | Path | str, out: Path | str) -> P
         for name in _COPIED:
             if (model.path / name).is_file():
                 shutil.copyfile(model.path / name, folder / name)
-        write_json(folder / "tokenizer_config.json", settings)
-        write_json(folder / "generation_config.json", generation)
-        if model.tokenizer.chat_template:
+        if settings is not None:
+            write_json(folder / "tokenizer_config.json", settings)
+        if generation is not None:
+            write_json(folder / "generation_config.json", generation)
+        if model.has_tokenizer and model.tokenizer.chat_template:
             with atomic_write(folder / "chat_template.jinja", "w") as file:
                 file.write(model.tokenizer.chat_template)
         with atomic_write(folder / "README.md", "w") as file:
@@ -79,21 +90,30 @@ def _checked_settings(model: ModelDirectory) -> dict[str, Any]:
         )
     if model.tokenizer.chat_template:
         settings["chat_template"] = model.tokenizer.chat_template
-    defaults = tokenizer_config(model.config.context)
-    if settings.get("tokenizer_class") in (None, "TokenizersBackend"):  # a name that transformers 4 refuses
-        settings["tokenizer_class"] = defaults["tokenizer_class"]
-    # without it transformers 4 makes token_type_ids, which these models refuse
-    settings.setdefault("model_input_names", defaults["model_input_names"])
+    config, name = model.config, settings.get("tokenizer_class")
+    # the first is a name that transformers 4 refuses; without a name it goes by the model's type, which
+    # for decoders may mean a class that does not take tokenizer.json as it is
+    unnamed = name is None and config.shape == "decoder" and (model.path / "tokenizer.json").is_file()
+    if name == "TokenizersBackend" or unnamed:
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # left to itself transformers 4 makes token_type_ids for models that refuse them, and 5 none for BERT
+    segments = ["token_type_ids"] if config.segments else []
+    settings.setdefault("model_input_names", ["input_ids", *segments, "attention_mask"])
     return settings
 
 
-def _checked_generation(model: ModelDirectory) -> dict[str, Any]:
+def _checked_generation(model: ModelDirectory) -> dict[str, Any] | None:
+    """`generation_config.json`, or None for a model that writes nothing."""
+    path = model.path / "generation_config.json"
+    if model.config.shape == "encoder":
+        return None
+    if not model.has_tokenizer:
+        return read_json(path, "generation setting") if path.is_file() else None
     ids, size = model.tokenizer.ids, model.config.vocab_size
     for name in ("bos", "eos", "pad"):
         token = getattr(ids, name)
         if token is not None and not 0 <= token < size:
             raise ModelError(f"{model.path}: the {name} id {token} is outside the vocabulary of {size:,}.")
-    path = model.path / "generation_config.json"
     values = read_json(path, "generation setting") if path.is_file() else generation_config(ids)
     listed, wanted = _id_list(values), set(ids.stop)
     if set(listed) != wanted:
@@ -106,6 +126,14 @@ def _checked_generation(model: ModelDirectory) -> dict[str, Any]:
         raise ModelError(
             f"{model.path / 'config.json'}: 'eos_token_id' {_id_list(config)} is not among {sorted(wanted)}."
         )
+    if model.config.shape == "encoder_decoder":
+        # where there is this file, transformers looks for the start nowhere else
+        start = values.setdefault("decoder_start_token_id", model.config.decoder_start)
+        if start != model.config.decoder_start:
+            raise ModelError(
+                f"{path}: 'decoder_start_token_id' is {start}, but in config.json it is {model.config.decoder_start}.",
+                "Make the two agree.",
+            )
     return values
 
 
@@ -119,113 +147,3 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE_NAME]
     index = read_json(folder / INDEX_NAME, "weights index")["weight_map"]  # checked when the model was opened
     return [folder / INDEX_NAME, *(folder / name for name in sorted(set(index.values())))]
-
-
-def licences(lineage: Any) -> list[str]:
-    """The licences of the data and the model that a lineage names, wherever in it."""
-
-    def find(value: Any, wanted: bool) -> Iterator[str]:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                yield from find(item, str(key) in ("license", "licenses", "licence", "licences"))
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                yield from find(item, wanted)
-        elif wanted and isinstance(value, str) and value:
-            yield value
-
-    return list(dict.fromkeys(find(lineage, False)))
-
-
-def model_card(model: ModelDirectory) -> str:
-    """The text of `README.md`: what the model is, how it was made, how to run it, and where it runs."""
-    config, lineage = model.config, model.lineage
-    name = str(lineage.get("name") or model.path.resolve().name)
-    found = licences(lineage)
-    chat = bool(model.tokenizer.chat_template)
-    facts = {
-        "Architecture": f"{config.family}, a decoder",
-        "Parameters": f"{config.parameters:,}",
-        "Layers, width": f"{config.layers}, {config.width}",
-        "Attention heads": f"{config.heads} of width {config.head_width}, {config.kv_heads} for keys",
-        "Context": f"{config.context:,} tokens",
-        "Vocabulary": f"{config.vocab_size:,} tokens",
-        "Output": "shares the embedding" if config.tied else "has its own matrix",
-        "Licence of the data": ", ".join(found) or "not recorded",
-    }
-    made = {key: value for key, value in _flat(lineage) if not key.startswith("scores")}
-    scores = dict(_flat(lineage.get("scores") or {}))
-    header = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["lexmill", config.family],
-    }
-    if len(found) == 1:
-        header = {"license": found[0].lower(), **header}
-    parts = [
-        # YAML reads JSON: no quoting rules to get wrong
-        "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in header.items()) + "---",
-        f"# {_cell(name)}",
-        f"A language model of {config.parameters:,} weights, made with lexmill.",
-        _table("Fact", facts),
-        *(["## Scores", _table("Score", scores)] if scores else []),
-        *(["## How it was made", _table("Lineage", made)] if made else []),
-        "## How to run it",
-        _snippet(model.tokenizer.ids, name, chat),
-        "## Where it runs",
-        "| runtime | works |\n|---|---|\n"
-        "| transformers | yes, from this directory |\n"
-        "| llama.cpp | yes, exported to GGUF (f32, f16, bf16, q8_0) |\n"
-        f"| Ollama | {'yes, from the GGUF file with its Modelfile' if chat else 'yes, from the GGUF file'} |",
-        "`lexmill verify` compares the answers of transformers and llama.cpp with lexmill's own.",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _snippet(ids: SpecialIds, name: str, chat: bool) -> str:
-    ask = (
-        'messages = [{"role": "user", "content": "Hello!"}]\n'
-        "inputs = tokenizer.apply_chat_template(\n"
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
-        ")\n"
-        if chat
-        else 'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
-    )
-    return (
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'path = "."  # this directory\n'
-        "tokenizer = AutoTokenizer.from_pretrained(path)\n"
-        "model = AutoModelForCausalLM.from_pretrained(path)\n"
-        f"{ask}"
-        "output = model.generate(**inputs, max_new_tokens=100)\n"
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n'
-        "```"
-    )
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Nested tables as dotted keys; lists of plain values on one line."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _flat(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
-        for number, item in enumerate(value):
-            yield from _flat(item, f"{key}[{number}]")
-    elif isinstance(value, list):
-        yield key, ", ".join(map(str, value))
-    elif value is not None:
-        yield key, f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _table(title: str, rows: Mapping[str, str]) -> str:
-    lines = [
-        f"| {title} | |",
-        "|---|---|",
-        *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()),
-    ]
-    return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

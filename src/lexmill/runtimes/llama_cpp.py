@@ -14,11 +14,20 @@ from lexmill.config import suggest
 from lexmill.errors import ConfigError, FormatError, LexmillError
 from lexmill.files import explain_os_errors, partial_name
 from lexmill.formats.blocks import BLOCK_TYPES, BlockType, encode
-from lexmill.formats.gguf import GGUFFile, TensorToWrite, Value, f32, string, u32, write_gguf
-from lexmill.model.config import ModelConfig
+from lexmill.formats.gguf import GGUFFile, TensorToWrite, Value, string, u32, write_gguf
 from lexmill.model.directory import ModelDirectory
-from lexmill.model.names import WeightName, weight_names, weight_shapes
+from lexmill.model.names import WeightName, weight_shapes
 from lexmill.progress import SILENT, Progress, Task
+from lexmill.runtimes.gguf_shapes import (
+    held_weights,
+    permute_rope,
+    require_place,
+    shape_metadata,
+    stays_f32,
+    unpermute_rope,
+    weight_from_gguf,
+    weight_in_gguf,
+)
 from lexmill.runtimes.gguf_tokenizer import tokenizer_metadata
 from lexmill.runtimes.llama_cpp_server import LlamaCpp, RuntimeFailure
 
@@ -45,7 +54,8 @@ def export_gguf(
     """Write a model directory as one GGUF file, atomically, and read it back before it gets its name.
 
     Args:
-        model: a Llama, Qwen2 or Qwen3 model, or its path.
+        model: a Llama, Qwen2, Qwen3, BERT or T5 model, or its path. Of BERT the file holds what embeds
+            texts, not the heads.
         out: the file, e.g. `model-f16.gguf`.
         type: of the matrices: "f32", "f16", "bf16" or "q8_0". Norms and biases are always f32.
 
@@ -64,6 +74,7 @@ def export_gguf(
         raise ConfigError(f"The GGUF type '{type}' is not supported.", suggest(name, FILE_TYPES))
     model = model if isinstance(model, ModelDirectory) else ModelDirectory.open(model)
     out = Path(out)
+    require_place(model.config, str(model.path))
     metadata = _metadata(model, name)
     unfinished = partial_name(out)
     with explain_os_errors(out, "write"):
@@ -95,25 +106,6 @@ def _metadata(model: ModelDirectory, type: str) -> dict[str, Value]:
     )
 
 
-def shape_metadata(config: ModelConfig) -> dict[str, Value]:
-    """What a file says of a model's shape and constants."""
-    shape = {
-        "context_length": u32(config.context),
-        "embedding_length": u32(config.width),
-        "block_count": u32(config.layers),
-        "feed_forward_length": u32(config.mlp_width),
-        "attention.head_count": u32(config.heads),
-        "attention.head_count_kv": u32(config.kv_heads),
-        "attention.key_length": u32(config.head_width),
-        "attention.value_length": u32(config.head_width),
-        "attention.layer_norm_rms_epsilon": f32(config.norm_eps),
-        "rope.dimension_count": u32(config.head_width),
-        "rope.freq_base": f32(config.rope_theta),
-        "vocab_size": u32(config.vocab_size),
-    }
-    return {f"{config.family}.{key}": value for key, value in shape.items()}
-
-
 class _Tensors:
     """Makes each tensor's bytes when asked, and remembers their checksums."""
 
@@ -124,13 +116,13 @@ class _Tensors:
     def rows(self) -> Iterator[TensorToWrite]:
         config = self.model.config
         shapes = weight_shapes(config)
-        for name in weight_names(config):
+        for name in held_weights(config):
             shape = shapes[name.own]
-            kind = _type_of(shape, self.type)
+            kind = _type_of(name, shape, self.type)
             yield TensorToWrite(name.gguf, shape, kind, partial(self._produce, name, kind))
 
     def _produce(self, name: WeightName, kind: BlockType) -> np.ndarray:
-        weight = _weight_in_gguf(self.model, name)
+        weight = weight_in_gguf(self.model, name)
         try:
             data = encode(weight, kind)
         except LexmillError as error:
@@ -141,39 +133,11 @@ class _Tensors:
         return data
 
 
-def _weight_in_gguf(model: ModelDirectory, name: WeightName) -> np.ndarray:
-    weight, config = model.weight(name.own), model.config
-    if name.rope and config.family == "llama":
-        return permute_rope(weight, config.heads if name.rope == "q" else config.kv_heads)
-    return weight
-
-
-def _type_of(shape: tuple[int, ...], wanted: BlockType) -> BlockType:
+def _type_of(name: WeightName, shape: tuple[int, ...], wanted: BlockType) -> BlockType:
     """Norms and biases stay f32; rows that do not divide into blocks become f16, as llama.cpp does."""
-    if len(shape) == 1:
+    if stays_f32(name, shape):
         return BLOCK_TYPES["F32"]
     return wanted if wanted.fits(shape) else BLOCK_TYPES["F16"]
-
-
-def permute_rope(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder the rows of a query or key projection for llama.cpp's `llama` architecture.
-
-    Hugging Face turns coordinate i together with i + D/2 of each head of D coordinates; llama.cpp
-    turns 2i with 2i + 1. So row i of a head goes to 2i, and row i + D/2 to 2i + 1.
-
-    Args:
-        weight: (heads * D, inputs), or (heads * D,) for a bias.
-    """
-    rest = weight.shape[1:]
-    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *rest)
-    return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
-def unpermute_rope(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undo `permute_rope`."""
-    rest = weight.shape[1:]
-    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *rest)
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 def _check_written(path: Path, metadata: dict[str, Value], writer: _Tensors) -> None:
@@ -217,8 +181,8 @@ def weight_error(file: GGUFFile, model: ModelDirectory) -> tuple[float, str]:
         FormatError: a tensor of a type that cannot be read yet.
     """
     worst, where = 0.0, "none"
-    for name in weight_names(model.config):
-        weight = _weight_in_gguf(model, name)
+    for name in held_weights(model.config):
+        weight = weight_in_gguf(model, name)
         info = file.tensors.get(name.gguf)
         if info is None or info.shape != weight.shape:
             return float("inf"), f"{name.gguf} is missing or has another shape"
@@ -241,16 +205,17 @@ _TINY = float(np.finfo(np.float32).tiny)
 def file_weights(file: GGUFFile, model: ModelDirectory) -> dict[str, np.ndarray]:
     """Every weight as a GGUF file holds it, float32, by lexmill's name and in lexmill's order of rows.
 
+    Heads that llama.cpp has no place for are the model's own.
+
     Raises:
         FormatError: a tensor is missing, or of a type that cannot be read yet.
     """
-    config = model.config
-    weights = {}
-    for name in weight_names(config):
-        weight = file.read(name.gguf)
-        if name.rope and config.family == "llama":
-            weight = unpermute_rope(weight, config.heads if name.rope == "q" else config.kv_heads)
-        weights[name.own] = weight
+    held = held_weights(model.config)
+    owns = {name.own for name in held}
+    weights = {own: model.weight(own) for own in weight_shapes(model.config) if own not in owns}
+    for name in held:
+        if name.own not in weights:  # the embedding once, not as a projection too
+            weights[name.own] = weight_from_gguf(file.read(name.gguf), model.config, name)
     return weights
 
 

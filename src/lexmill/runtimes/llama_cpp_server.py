@@ -44,6 +44,7 @@ class LlamaCpp:
         path: the GGUF file.
         threads: of llama.cpp.
         context: tokens; 0 for what the model was made for.
+        embeddings: for models that embed texts and write none.
         time_limit: seconds for loading, and for each answer.
 
     Raises:
@@ -52,17 +53,25 @@ class LlamaCpp:
     """
 
     def __init__(
-        self, path: Path | str, *, threads: int = 2, context: int = 0, time_limit: float = 60
+        self,
+        path: Path | str,
+        *,
+        threads: int = 2,
+        context: int = 0,
+        embeddings: bool = False,
+        time_limit: float = 60,
     ) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
             raise MissingPackageError("xllamacpp", "to run GGUF files in llama.cpp", "runtimes")
         self.path = require_file(path, "GGUF file").resolve()
         self.threads, self.context, self.time_limit = threads, context, time_limit
+        self._embeddings = embeddings
         self._process: subprocess.Popen[bytes] | None = None
         self._failing = False
 
     def __enter__(self) -> LlamaCpp:
-        settings = {"path": str(self.path), "threads": self.threads, "context": self.context}
+        settings: dict[str, Any] = {"path": str(self.path), "threads": self.threads, "context": self.context}
+        settings["embeddings"] = self._embeddings
         code = _CHILD.format(module=__name__)
         self._noise = tempfile.TemporaryFile()  # closed in _stop
         # The address comes by stdout; the child ends when its stdin closes, so that it cannot outlive
@@ -181,6 +190,11 @@ class LlamaCpp:
                 row[item["id"]] = item["logprob"]
         return rows
 
+    def embed(self, ids: Sequence[int]) -> np.ndarray:
+        """The vector of a text, pooled as the file says and not normalised: (width,)."""
+        answer = self._ask("embedding", {"content": list(ids), "embd_normalize": -1})
+        return np.array(answer[0]["embedding"][0], np.float64)
+
     @functools.cached_property
     def _plain_token(self) -> int:
         return self.tokenize("a")[-1]
@@ -210,7 +224,9 @@ def child() -> None:
     params = xllamacpp.CommonParams()
     params.model.path = settings["path"]
     params.n_ctx, params.n_parallel, params.n_gpu_layers = settings["context"], 1, 0
-    params.n_batch = params.n_ubatch = 512
+    # what embeds a text reads it at once
+    params.n_batch = params.n_ubatch = max(512, settings["context"]) if settings["embeddings"] else 512
+    params.embedding = settings["embeddings"]
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

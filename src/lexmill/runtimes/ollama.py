@@ -8,7 +8,7 @@ from pathlib import Path
 from lexmill.errors import ConfigError, ModelError
 from lexmill.files import atomic_write, require_file
 from lexmill.model.directory import ModelDirectory
-from lexmill.runtimes.huggingface import licences
+from lexmill.runtimes.model_card import licences
 from lexmill.tokenizer.special import CHAT_TEMPLATE, GO_TEMPLATE, STOP_STRINGS
 
 
@@ -27,7 +27,7 @@ def write_modelfile(
         `out`.
 
     Raises:
-        ModelError: the model has no chat template, or one that has no Go form here.
+        ModelError: the model is no decoder, has no chat template, or one that has no Go form here.
         ConfigError: a text that a Modelfile cannot express.
         FileError: there is no such GGUF file.
 
@@ -35,6 +35,7 @@ def write_modelfile(
     """
     model = model if isinstance(model, ModelDirectory) else ModelDirectory.open(model)
     out = Path(out)
+    require_decoder(model)
     gguf = require_file(gguf, "GGUF file", "Export one first: lexmill export gguf.")
     if model.tokenizer.chat_template != CHAT_TEMPLATE:
         what = "a chat template of its own" if model.tokenizer.chat_template else "no chat template"
@@ -61,6 +62,20 @@ def write_modelfile(
     with atomic_write(out, "w") as file:
         file.write("\n".join(lines) + "\n")
     return out
+
+
+def require_decoder(model: ModelDirectory) -> None:
+    """Ollama writes text with decoders only.
+
+    Raises:
+        ModelError: a model of another shape.
+    """
+    if model.config.shape != "decoder":
+        kind = "an encoder" if model.config.shape == "encoder" else "an encoder–decoder"
+        raise ModelError(
+            f"{model.path}: this model is {kind} ({model.config.family}); only decoders are exported to Ollama.",
+            "It runs in transformers: lexmill export hf.",
+        )
 
 
 def _quoted(text: str) -> str:

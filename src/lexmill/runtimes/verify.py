@@ -9,7 +9,8 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +18,30 @@ import numpy as np
 
 from lexmill.errors import LexmillError, MissingPackageError
 from lexmill.formats.gguf import GGUFFile
-from lexmill.inference.sampling import log_softmax
 from lexmill.model.directory import ModelDirectory
 from lexmill.progress import SILENT, Progress, Task
 from lexmill.runtimes.llama_cpp import FILE_TYPES, file_weights, setting_differences, weight_error
 from lexmill.runtimes.llama_cpp_server import LlamaCpp
 from lexmill.runtimes.verify_cases import DEFAULT_PROMPTS
-from lexmill.runtimes.verify_checks import TOLERANCES, Comparison, Runtime, Tolerance, mean_divergence
+from lexmill.runtimes.verify_checks import (
+    TOLERANCES,
+    Comparison,
+    compare_ids,
+    mean_divergence,
+)
 from lexmill.runtimes.verify_report import Check, VerifyReport
+from lexmill.runtimes.verify_transformers import open_transformers
 
 if TYPE_CHECKING:
+    from lexmill.inference.language_model import LanguageModel
     from lexmill.runtimes.verify_reference import Reference
 
 __all__ = ["DEFAULT_PROMPTS", "TOLERANCES", "Check", "VerifyReport", "verify"]
 
+_ONLY_WEIGHTS = (
+    "the server of llama.cpp ends its process when it loads an encoder–decoder: only the file's weights and "
+    "constants were compared"
+)
 _SMALL = 50_000_000  # weights; below, more threads cost more in waiting than they bring
 
 
@@ -52,39 +63,79 @@ def verify(
 
     Returns:
         A record a runtime and check: token ids, round trip, chat template, stop tokens, weights
-        (of GGUF files), logits and greedy continuations. A runtime that breaks down fails; one
-        that is not installed is not checked.
+        (of GGUF files), logits and greedy continuations of a decoder; of an encoder its heads,
+        embeddings and what it fills in; of an encoder–decoder beams too. A runtime that breaks down
+        fails; one that is not installed is not checked.
 
     Raises:
         FileError, FormatError, ModelError: the model itself cannot be loaded by lexmill.
     """
     from lexmill.inference.language_model import load
-    from lexmill.runtimes.verify_reference import Reference
 
     directory = ModelDirectory.open(model)
     with progress.task("verify", 7 + 8 * len(ggufs), "checks") as task:
         task.advance(0, "lexmill")
-        reference = Reference(load(directory.path), directory, prompts, tokens)
+        own = _Own(load(directory.path), directory, prompts, tokens)
         task.advance(1)
-        opened = _transformers(directory)
-        checks = list(_compare("transformers", opened, reference, TOLERANCES["transformers"], task))
+        checks = list(_compare("transformers", open_transformers(directory), own.asked, task))
         for path in map(Path, ggufs):
-            checks += _check_gguf(path, reference, task)
+            checks += _check_gguf(path, own, task)
     return VerifyReport(str(directory.path), _environment(), tuple(checks))
+
+
+class _Own:
+    """lexmill's side: the model, and what is asked of another runtime about it.
+
+    Attributes:
+        reference: of a decoder with a tokenizer, its own answers; None for every other model.
+    """
+
+    def __init__(
+        self, model: LanguageModel, directory: ModelDirectory, prompts: Sequence[str], tokens: int
+    ) -> None:
+        from lexmill.runtimes.verify_reference import Reference
+
+        self.model, self.directory, self.tokens = model, directory, tokens
+        self.shape = directory.config.shape
+        self.read = directory.has_tokenizer
+        self.reference: Reference | None = None
+        if self.shape == "decoder" and self.read:
+            self.reference = Reference(model, directory, prompts, tokens)
+
+    def with_weights(self, weights: Mapping[str, np.ndarray]) -> LanguageModel:
+        """The same model with other weights."""
+        from lexmill.inference.language_model import LanguageModel
+        from lexmill.model.build import build_model
+
+        network = build_model(self.directory.config)
+        network.load_weights(weights)
+        return LanguageModel(network.eval(), self.directory.tokenizer)
+
+    def asked(self, name: str, runtime: Any) -> Iterator[Check]:
+        """The checks of transformers."""
+        from lexmill.runtimes.verify_encoder import EncoderComparison
+        from lexmill.runtimes.verify_encoder_decoder import EncoderDecoderComparison
+
+        if self.shape == "encoder":
+            return EncoderComparison(name, runtime, self.model, self.read).all()
+        if self.shape == "encoder_decoder":
+            return EncoderDecoderComparison(name, runtime, self.model, self.read, self.tokens).all()
+        if self.reference is None:
+            return compare_ids(name, runtime, self.model)
+        return Comparison(name, runtime, self.reference, TOLERANCES["transformers"]).all()
 
 
 def _compare(
     name: str,
-    opened: contextlib.AbstractContextManager[Runtime],
-    reference: Reference,
-    tolerance: Tolerance | None,
+    opened: contextlib.AbstractContextManager[Any],
+    asked: Callable[[str, Any], Iterator[Check]],
     task: Task,
 ) -> Iterator[Check]:
     """All checks of one runtime. Whatever it throws is its failure, never ours."""
     task.advance(0, name)
     try:
         with opened as runtime:
-            for check in Comparison(name, runtime, reference, tolerance).all():
+            for check in asked(name, runtime):
                 task.advance(1, f"{name}: {check.check}")
                 yield check
     except MissingPackageError as error:
@@ -93,137 +144,73 @@ def _compare(
         yield Check(name, "runs", False, detail=f"{type(error).__name__}: {error}"[:500])
 
 
-def _check_gguf(path: Path, reference: Reference, task: Task) -> Iterator[Check]:
+def _check_gguf(path: Path, own: _Own, task: Task) -> Iterator[Check]:
     name = f"llama.cpp {path.name}"
     try:
         with GGUFFile.open(path) as file:
             number = file.metadata.get("general.file_type")
             type = next((type for type, known in FILE_TYPES.items() if known == number), None)
             name = f"llama.cpp {type or path.stem}"
-            check, own = _weights_check(name, file, reference, type)
-            yield check
+            check = _weights_check(name, file, own.directory)
+            exact = check.figure == 0 and type == "f32"
+            weights = file_weights(file, own.directory) if check.passed and not exact else None
     except LexmillError as error:
         yield Check(name, "weights", False, detail=str(error))
         return
+    asked, cost = _asked_of_file(own, weights, type)
+    yield replace(check, detail=check.detail + cost)
     task.advance(1)
-    yield from _compare(name, _llama_cpp(path, reference), own, TOLERANCES[type] if type else None, task)
+    if not own.read:
+        yield Check(
+            name, "runs", None, detail="the model has no tokenizer, without which no file of it is known"
+        )
+    elif own.shape == "encoder_decoder":
+        yield Check(name, "runs", None, detail=_ONLY_WEIGHTS)
+    else:
+        yield from _compare(name, _llama_cpp(path, own), asked, task)
 
 
-def _weights_check(
-    runtime: str, file: GGUFFile, reference: Reference, type: str | None
-) -> tuple[Check, Reference]:
-    """Whether a file holds the model, and lexmill running what it holds.
-
-    A file that does not hold the model is compared with the model itself: two that agree on something
-    else prove nothing.
-    """
-    directory = reference.directory
+def _weights_check(runtime: str, file: GGUFFile, directory: ModelDirectory) -> Check:
+    """Whether a file holds the model."""
     error, tensor = weight_error(file, directory)
     wrong = setting_differences(file, directory)
+    if error == 0 and not wrong:
+        return Check(runtime, "weights", True, error, 1, "every weight is the model's own")
     detail = "; ".join([*wrong, f"largest error, as a multiple of the type's own rounding: {tensor}"])
-    if not error <= 1 or wrong:
-        return Check(runtime, "weights", False, error, 1, detail), reference
-    if error == 0 and type == "f32":
-        return Check(runtime, "weights", True, error, 1, "every weight is the model's own"), reference
-    own = reference.with_weights(file_weights(file, directory), type or "")
-    cost = mean_divergence(reference.logprobs, own.logprobs)
-    detail += f"; what rounding the weights costs: mean KL {cost:.2g} nats"
-    return Check(runtime, "weights", True, error, 1, detail), own
+    return Check(runtime, "weights", bool(error <= 1 and not wrong), error, 1, detail)
+
+
+def _asked_of_file(
+    own: _Own, weights: Mapping[str, np.ndarray] | None, type: str | None
+) -> tuple[Callable[[str, Any], Iterator[Check]], str]:
+    """What is asked of llama.cpp running a file, and what the detail says of what rounding cost.
+
+    The other side is lexmill running what the file holds: `weights`, or None for the model's own. That
+    is also what a file that does not hold the model is compared with: two that agree on something else
+    prove nothing.
+    """
+    from lexmill.runtimes.verify_embeddings import compare_embeddings
+
+    if own.reference is None:
+        model = own.model if weights is None or own.shape != "encoder" else own.with_weights(weights)
+        return lambda name, runtime: compare_embeddings(name, runtime, model, type), ""
+    reference, cost = own.reference, ""
+    if weights is not None:
+        reference = own.reference.with_weights(weights, type or "")
+        divergence = mean_divergence(own.reference.logprobs, reference.logprobs)
+        cost = f"; what rounding the weights costs: mean KL {divergence:.2g} nats"
+    tolerance = TOLERANCES[type] if type else None
+    return lambda name, runtime: Comparison(name, runtime, reference, tolerance).all(), cost
 
 
 @contextlib.contextmanager
-def _llama_cpp(path: Path, reference: Reference) -> Iterator[Runtime]:
-    config = reference.directory.config
+def _llama_cpp(path: Path, own: _Own) -> Iterator[LlamaCpp]:
+    config, embeds = own.model.config, own.shape == "encoder"
     threads = 1 if config.parameters < _SMALL else 4
-    context = min(config.context, max(512, reference.longest + 8))
-    with LlamaCpp(path, threads=threads, context=context) as runtime:
+    longest = own.reference.longest + 8 if own.reference is not None else 0
+    context = config.context if embeds else min(config.context, max(512, longest))
+    with LlamaCpp(path, threads=threads, context=context, embeddings=embeds) as runtime:
         yield runtime
-
-
-@contextlib.contextmanager
-def _transformers(directory: ModelDirectory) -> Iterator[Runtime]:
-    for package in ("transformers", "torch"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingPackageError(package, "to compare with transformers", "runtimes")
-    with _quiet_transformers():
-        yield _Transformers(directory)
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-class _Transformers:
-    """transformers with the model directory as anyone would load it, in float32."""
-
-    def __init__(self, directory: ModelDirectory) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        path = str(directory.path)
-        self._torch = torch
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, dtype=torch.float32
-        ).eval()
-
-    def tokenize(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids))
-
-    def apply_template(self, messages: Sequence[dict[str, str]]) -> str:
-        return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-
-    def logprobs(self, prompts: Sequence[Sequence[int]], vocabulary: int) -> np.ndarray:
-        with self._torch.inference_mode():
-            rows = [self._model(self._torch.tensor([list(ids)])).logits[0, -1] for ids in prompts]
-        return log_softmax(self._torch.stack(rows).float().numpy())
-
-    def greedy(self, ids: Sequence[int], max_tokens: int) -> list[int]:
-        found = self._generate(ids, max_tokens)
-        return found[:-1] if found and found[-1] in self._stops else found
-
-    def ends_at(self, token: int, before: Sequence[int]) -> bool:
-        def only(_: Any, scores: Any) -> Any:
-            forced = self._torch.full_like(scores, -1e9)
-            forced[:, token] = 0
-            return forced
-
-        from transformers import LogitsProcessorList
-
-        return len(self._generate(before, 2, logits_processor=LogitsProcessorList([only]))) == 1
-
-    def declared_ids(self) -> list[int]:
-        config = self._model.generation_config
-        found = [*self._stops, config.bos_token_id, config.pad_token_id]
-        return [token for token in found if token is not None]
-
-    @property
-    def _stops(self) -> list[int]:
-        listed = self._model.generation_config.eos_token_id
-        return listed if isinstance(listed, list) else [] if listed is None else [listed]
-
-    def _generate(self, ids: Sequence[int], max_tokens: int, **more: Any) -> list[int]:
-        prompt = self._torch.tensor([list(ids)])
-        options = {"max_new_tokens": max_tokens, "do_sample": False, **more}
-        if self._model.generation_config.pad_token_id is None:
-            options["pad_token_id"] = 0  # one prompt has no padding; this only stops a warning
-        with self._torch.inference_mode():
-            output = self._model.generate(prompt, attention_mask=self._torch.ones_like(prompt), **options)
-        return output[0, len(ids) :].tolist()
 
 
 def _environment() -> dict[str, str]:

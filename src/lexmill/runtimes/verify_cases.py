@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from lexmill.tokenizer.tokenizer import Tokenizer
+
 DEFAULT_PROMPTS = (
     "The",
     "Once upon a time, there was a",
@@ -83,3 +87,49 @@ CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = tuple(
         (("user", "Sure?"), ("assistant", "<think>hm</think> Yes."), ("user", "[INST] ok [/INST]")),
     )
 )
+
+# Pairs of texts. transformers takes an empty second text for none.
+PAIRS = (
+    ("She opened the door.", "It was raining outside."),
+    ("She opened the door.", "The capital of France is Paris."),
+    ("  two spaces  ", "line\nbreak"),
+    ("Съешь ещё этих булок", "中文没有空格,标点也不同。"),
+    ("naïve café", "नमस्ते 👩‍🚀 नमस्ते"),
+    ("a [SEP] b", "[CLS] c </s>"),
+)
+
+# What an encoder–decoder reads, and what it is made to write.
+SOURCES = (
+    ("The", "End"),
+    ("translate English to German: The house is wonderful.", "Das Haus ist wunderbar."),
+    ("Once upon a time, there was a girl who lived by the sea.", "A girl lived by the sea."),
+    ("1, 2, 3, 4, 5,", "6, 7, 8"),
+    ("Съешь ещё этих мягких французских булок", "中文没有空格"),
+    ("  spaces \n and 👩‍🚀 emoji ", "emoji 😀"),
+)
+
+
+def usable_texts(tokenizer: Tokenizer, context: int) -> dict[str, list[int]]:
+    """The texts of `TEXTS` that make something more than a frame and fit in a context, with their ids."""
+    frame = len(tokenizer.encode(""))
+    found = {text: tokenizer.encode(text) for text in TEXTS}
+    return {text: ids for text, ids in found.items() if frame < len(ids) <= context}
+
+
+def with_gap(text: str, mask: str) -> str:
+    """`text` with the word in its middle replaced by a mask."""
+    words = text.split(" ")
+    words[len(words) // 2] = mask
+    return " ".join(words)
+
+
+def reads_back(tokenizer: Tokenizer) -> bool:
+    """Whether plain texts come back from their ids as they were, spaces included."""
+    texts = ["Hello, world!", "  two spaces before, three after   ", "trailing newline\n"]
+    return [tokenizer.decode(ids) for ids in tokenizer.encode_plain(texts)] == texts
+
+
+def id_rows(vocabulary: int, context: int) -> list[list[int]]:
+    """Rows of ids for a model without a tokenizer, the same each time."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, vocabulary, min(size, context)).tolist() for size in (1, 5, 17, 40, 40)]

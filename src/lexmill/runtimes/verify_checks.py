@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from lexmill.runtimes.verify_report import Check
+from lexmill.inference.sampling import log_softmax
+from lexmill.runtimes.verify_cases import id_rows
+from lexmill.runtimes.verify_report import Check, counted, short
 
 if TYPE_CHECKING:
+    from lexmill.inference.language_model import LanguageModel
     from lexmill.runtimes.verify_reference import Reference
 
 _PROBABLE = 20  # tokens at a position that are looked at one by one
@@ -86,17 +89,7 @@ class Comparison:
 
     def tokens(self) -> Check:
         """The ids of texts on which tokenizers differ."""
-        answers = {text: self.runtime.tokenize(text) for text in self.reference.ids}
-        wrong = [text for text, ids in self.reference.ids.items() if answers[text] != ids]
-        check = self._count(
-            "tokens", ((text, ids, answers[text]) for text, ids in self.reference.ids.items()), "texts"
-        )
-        if wrong and not any(unicodedata.is_normalized("NFC", text) for text in wrong):
-            # transformers 5 reads every model of the type "qwen2" with a class that adds NFC, whatever
-            # tokenizer.json says; llama.cpp never normalises.
-            why = "only texts that are not in Unicode's composed form (NFC) differ; one side composes them"
-            check = replace(check, detail=f"{check.detail}; {why}")
-        return check
+        return same_ids(self.name, self.reference.ids, self.runtime.tokenize)
 
     def round_trip(self) -> Check:
         """The text of the ids of a text; its normal form, where the tokenizer normalises."""
@@ -105,14 +98,15 @@ class Comparison:
             (text, expected, self.runtime.detokenize(self.runtime.tokenize(text)[skip:]))
             for text, expected in texts.items()
         )
-        return self._count("round trip", found, "texts")
+        return counted(self.name, "round trip", found, "texts")
 
     def template(self) -> Check:
         """The prompts of conversations, byte for byte."""
         chats = self.reference.chats
         if not chats:
             return Check(self.name, "chat template", None, detail="the model has no chat template")
-        return self._count(
+        return counted(
+            self.name,
             "chat template",
             ((messages, text, self.runtime.apply_template(messages)) for messages, text in chats),
             "conversations",
@@ -124,7 +118,8 @@ class Comparison:
         ends = tokenizer.ids.stop
         special = {tokenizer.vocabulary[text] for text in tokenizer.special_texts}
         before = next(iter(self.reference.prompts), ordinary)
-        return self._count(
+        return counted(
+            self.name,
             "stop tokens",
             (
                 (token, token in ends, self.runtime.ends_at(token, before))
@@ -132,17 +127,6 @@ class Comparison:
             ),
             "ids",
         )
-
-    def _count(self, check: str, cases: Iterable[tuple[Any, Any, Any]], unit: str) -> Check:
-        """A check whose figure is the number of cases in which the runtime's answer is not lexmill's."""
-        total, wrong, first = 0, 0, ""
-        for question, expected, answer in cases:
-            total += 1
-            if answer != expected:
-                wrong += 1
-                first = first or f"; {_short(question)}: lexmill {_short(expected)}, here {_short(answer)}"
-        detail = f"{total - wrong} of {total} {unit} equal{first}"
-        return Check(self.name, check, wrong == 0, wrong, 0, detail)
 
     def logits(self) -> Check:
         """The log-probabilities of all next tokens at several positions."""
@@ -195,7 +179,7 @@ class Comparison:
             wrong += 1
             at = int((~ties).argmax())
             first = first or (
-                f"; {at} tokens after {_short(self.reference.tokenizer.decode(ids))} it takes one "
+                f"; {at} tokens after {short(self.reference.tokenizer.decode(ids))} it takes one "
                 f"that lexmill puts {gaps[at]:.2g} below its own"
             )
         total = len(self.reference.greedy)
@@ -230,6 +214,51 @@ class Comparison:
         return gaps, fine
 
 
+def compare_ids(runtime: str, other: Runtime, model: LanguageModel) -> Iterator[Check]:
+    """The one check of a decoder without a tokenizer: what follows rows of ids."""
+    size = model.config.vocab_size
+    rows = id_rows(size, model.config.context)
+    cases = ((model.logits(ids)[-1:], other.logprobs([ids], size)) for ids in rows)
+    yield same_logprobs(runtime, "logits", cases, "rows of ids (the model has no tokenizer)")
+
+
+def same_ids(runtime: str, expected: Mapping[str, list[int]], tokenize: Callable[[str], list[int]]) -> Check:
+    """The ids of texts on which tokenizers differ."""
+    answers = {text: tokenize(text) for text in expected}
+    wrong = [text for text, ids in expected.items() if answers[text] != ids]
+    check = counted(
+        runtime, "tokens", ((text, ids, answers[text]) for text, ids in expected.items()), "texts"
+    )
+    if wrong and not any(unicodedata.is_normalized("NFC", text) for text in wrong):
+        # transformers 5 reads every model of the type "qwen2" with a class that adds NFC, whatever
+        # tokenizer.json says; llama.cpp never normalises.
+        why = "only texts that are not in Unicode's composed form (NFC) differ; one side composes them"
+        check = replace(check, detail=f"{check.detail}; {why}")
+    return check
+
+
+def same_logprobs(
+    runtime: str, check: str, cases: Iterable[tuple[np.ndarray, np.ndarray]], unit: str
+) -> Check:
+    """A check whose figure is the greatest difference of a log-probability; float32 on both sides.
+
+    Args:
+        cases: lexmill's logits and the runtime's, (positions, choices) each.
+        unit: what a case is, in the plural.
+    """
+    total, greatest, tolerance = 0, 0.0, TOLERANCES["transformers"].logits
+    for ours, theirs in cases:
+        total += 1
+        if ours.shape != theirs.shape:
+            detail = f"lexmill gives the shape {ours.shape}, this {theirs.shape}"
+            return Check(runtime, check, False, float("inf"), tolerance, detail)
+        greatest = float(np.maximum(greatest, np.abs(log_softmax(ours) - log_softmax(theirs)).max()))
+    if not total:
+        return Check(runtime, check, None, detail=f"the model takes none of the {unit}")
+    detail = f"{total} {unit}: greatest difference of a log-probability {greatest:.2g}"
+    return Check(runtime, check, bool(greatest <= tolerance), greatest, tolerance, detail)  # NaN is no pass
+
+
 def mean_divergence(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The mean Kullback-Leibler divergence of rows of log-probabilities, in nats."""
     # a runtime's float32 softmax does not quite sum to one, which would hide divergences below 1e-6
@@ -238,8 +267,3 @@ def mean_divergence(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 _NO_TOLERANCE = "no tolerance is stated for this type of file"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}…"

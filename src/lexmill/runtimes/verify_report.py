@@ -1,8 +1,8 @@
-"""What `verify` found: one record a check, and what they add up to."""
+"""What `verify` found: one record a check, how one is made, and what they add up to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,30 @@ class Check:
     tolerance: float | None = None
     detail: str = ""
     ties: int = 0
+
+
+def counted(runtime: str, check: str, cases: Iterable[tuple[Any, Any, Any]], unit: str) -> Check:
+    """A check whose figure is the number of cases in which the runtime's answer is not lexmill's.
+
+    Args:
+        cases: (question, lexmill's answer, the runtime's).
+        unit: what a case is, in the plural.
+    """
+    total, wrong, first = 0, 0, ""
+    for question, expected, answer in cases:
+        total += 1
+        if answer != expected:
+            wrong += 1
+            first = first or f"; {short(question)}: lexmill {short(expected)}, here {short(answer)}"
+    if not total:
+        return Check(runtime, check, None, detail=f"the model has no {unit} to ask for")
+    return Check(runtime, check, wrong == 0, wrong, 0, f"{total - wrong} of {total} {unit} equal{first}")
+
+
+def short(value: Any) -> str:
+    """A value on part of a line."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}…"
 
 
 @dataclass(frozen=True)
