@@ -191,6 +191,11 @@ def write_model_directory(
             metadata={"format": "pt"},
         )
         tokenizer.save(folder, context=config.context)
+        if config.shape == "encoder_decoder":  # transformers will not generate without it
+            values = read_json(folder / "generation_config.json", "generation settings")
+            write_json(
+                folder / "generation_config.json", values | {"decoder_start_token_id": config.decoder_start}
+            )
         write_json(folder / LINEAGE_FILE, dict(lineage or {}))
     return ModelDirectory.open(path)
 
