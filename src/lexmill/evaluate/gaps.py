@@ -18,7 +18,7 @@ from lexmill.pretrain.sentences import tokenize_sentences
 from lexmill.pretrain.spans import SpanConfig, plan_rows, span_examples
 from lexmill.train.batches import Batch, fixed_batches
 from lexmill.train.causal import sequence_loss
-from lexmill.train.objective import measure
+from lexmill.train.objective import Objective, measure
 
 _SEED = 20  # other masks than those that training validates on
 
@@ -45,7 +45,7 @@ def pretraining_scores(model: LanguageModel, documents: Path, rows: int, tokens:
     with tempfile.TemporaryDirectory() as folder:
         if model.config.shape == "encoder":
             batches = _masked_batches(model, documents, Path(folder), history.get("masking", {}), rows)
-            objective = masked_loss
+            objective: Objective = masked_loss
         else:
             batches = _span_batches(model, documents, Path(folder), history.get("spans", {}), rows)
             objective = sequence_loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def masked_lesson(
         return masked_examples(split, tokenizer, masking, length, (config.seed, *seed))
 
     return Lesson(
-        masked_loss,
+        partial(masked_loss, pair_weight=masking.pair_weight),
         lambda epoch: examples(found["train"], epoch, 3),
         examples(found["validation"], 0, 4) if len(found["validation"]) else [],
         length,

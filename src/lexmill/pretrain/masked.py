@@ -28,6 +28,7 @@ class MaskingConfig:
     whole_words: bool = False  # hide all pieces of a word together
     chinese_words: bool = False  # with whole_words: Chinese words too, found by the package jieba
     next_sentence: bool = True  # pairs of texts for models with a next-sentence head
+    pair_weight: float = 1.0  # of the next-sentence loss in what training lowers
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -38,7 +39,7 @@ class MaskingConfig:
             raise ConfigError("'chinese_words' says what a word is, which matters with 'whole_words' only.")
 
 
-def masked_loss(model: Any, batch: Batch) -> Losses:
+def masked_loss(model: Any, batch: Batch, pair_weight: float = 1.0) -> Losses:
     """Cross-entropy of the hidden tokens, and of the pairs where the batch has labels."""
     segments = batch.tensor("segments") if batch.segments is not None else None
     hidden = model.hidden(
@@ -50,6 +51,7 @@ def masked_loss(model: Any, batch: Batch) -> Losses:
     losses.add("tokens", linear_cross_entropy(model.mlm(states), targets, model.head_weight, model.mlm.bias))
     if batch.labels is not None and batch.counts["pairs"]:
         first, labels = counted(hidden, batch.tensor("labels"))
+        losses.weights["pairs"] = pair_weight
         losses.add(
             "pairs", linear_cross_entropy(model.pooled(first), labels, model.nsp.weight, model.nsp.bias)
         )

@@ -251,7 +251,7 @@ class _Run:
     def _gradients(self, batch: Batch) -> float:
         """Add up the gradient of the mean loss over all targets of the batch; returns that loss.
 
-        Where more than one kind of thing is predicted, the loss is the sum of their means.
+        Where more than one kind of thing is predicted, the loss is the weighted sum of their means.
         """
         counts = batch.counts
         if not counts["tokens"]:
@@ -263,7 +263,11 @@ class _Run:
             with autocast(self.precision):
                 losses = self.objective(self.model, part)
                 # divided by the targets of the whole batch: parts with unequal targets weigh as they should
-                parts = [value / counts[name] for name, value in losses.sums.items() if counts[name]]
+                parts = [
+                    value * (losses.weights.get(name, 1.0) / counts[name])
+                    for name, value in losses.sums.items()
+                    if counts[name]
+                ]
                 loss = torch.stack(parts).sum()
             loss.backward()
             total += float(loss.detach())

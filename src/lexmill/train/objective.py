@@ -20,10 +20,12 @@ class Losses:
     Attributes:
         sums: of cross-entropies over all targets, in nats.
         right: how many first guesses were right; filled where no gradient is wanted.
+        weights: of the means in what training lowers, where not 1.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     right: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, found: tuple[Tensor, int | None]) -> None:
         """Put in what `linear_cross_entropy` gave."""
