@@ -213,6 +213,8 @@ def test_a_recipe_of_an_encoder(tmp_path, prose):
     ],
 )  # fmt: skip
 def test_wrong_recipes_are_said_clearly(tmp_path, change, said):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.csv.xz").write_bytes(b"")
     (tmp_path / "recipe.toml").write_text(RECIPE.replace(*change))
     done = command("run", tmp_path / "recipe.toml", "--out", tmp_path / "run")
     assert done.returncode == 2, done.stdout

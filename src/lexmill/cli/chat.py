@@ -42,6 +42,7 @@ def chat(
 ) -> None:
     """Talk to a model. In a pipe, each line of standard input is one message."""
     begin_computing()
+    from lexmill.errors import ModelError
     from lexmill.inference.language_model import generation_config, load
 
     config = generation_config(
@@ -53,7 +54,13 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    conversation = Conversation(load(model), config, system)
+    loaded = load(model)
+    if not loaded.tokenizer.chat_template:
+        raise ModelError(
+            f"{model}: this model has no chat template.",
+            "It was not made for chat; use 'lexmill generate' or 'lexmill fill' instead.",
+        )
+    conversation = Conversation(loaded, config, system)
     if sys.stdin.isatty():
         typer.echo(f"Talking to {model}. /help lists the commands.\n")
     for line in _lines():
