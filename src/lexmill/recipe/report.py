@@ -62,8 +62,8 @@ def _page(run: Run) -> str:
     drawn: dict[str, Any] = {}
     sections = [
         _life(run),
-        *(_training(stage, drawn) for stage in run.stages),
-        _scores(run.scores),
+        *(_training(stage, drawn) for stage in run.stages if stage.name in run.steps),
+        _scores(run),
         report_checks.verification(run.checks),
         _data(run.manifest),
         _lineage(run),
@@ -137,19 +137,15 @@ def _key_figures(run: Run) -> Iterable[tuple[str, str, str, str]]:
     )
     yield "validation loss", value, more if losses else "", ""
 
-    text = markup.as_dict(run.scores.get("text"))
-    before, after = (markup.as_dict(text.get(key)).get("bits_per_byte") for key in ("before", "after"))
-    shown = after if markup.is_finite(after) else before
-    more = (
-        "held-out text, after fine-tuning" if markup.is_finite(after) else "held-out text, before fine-tuning"
-    )
-    if markup.is_finite(after) and markup.is_finite(before):
-        more += f" (before: {before:.3f})"
-    found = markup.is_finite(shown)
-    yield "bits per byte", f"{shown:.3f}" if found else markup.ABSENT, more if found else "", ""
+    if own := markup.as_dict(run.scores.get("pretraining")):
+        accuracy = own.get("tokens accuracy")
+        value = f"{100 * float(accuracy or 0):.1f} %" if markup.is_finite(accuracy) else markup.ABSENT
+        yield "right first guesses", value, "of hidden tokens in held-out text", ""
+    else:
+        yield _bits_per_byte(run)
 
     took = {step: seconds for step, *_ in STEPS if (seconds := run.seconds(step)) is not None}
-    more = f"{len(took)} of {len(STEPS)} steps"
+    more = f"{len(took)} of {len([step for step, *_ in STEPS if step in run.steps])} steps"
     if cpu := run.environment.get("cpu"):
         more += f" on {cpu}"
     yield (
@@ -162,10 +158,25 @@ def _key_figures(run: Run) -> Iterable[tuple[str, str, str, str]]:
     yield "verify", *report_checks.overall_verdict(run.checks)
 
 
+def _bits_per_byte(run: Run) -> tuple[str, str, str, str]:
+    text = markup.as_dict(run.scores.get("text"))
+    before, after = (markup.as_dict(text.get(key)).get("bits_per_byte") for key in ("before", "after"))
+    shown = after if markup.is_finite(after) else before
+    more = (
+        "held-out text, after fine-tuning" if markup.is_finite(after) else "held-out text, before fine-tuning"
+    )
+    if markup.is_finite(after) and markup.is_finite(before):
+        more += f" (before: {before:.3f})"
+    found = markup.is_finite(shown)
+    return "bits per byte", f"{shown:.3f}" if found else markup.ABSENT, more if found else "", ""
+
+
 def _life(run: Run) -> str:
     longest = max((run.seconds(step) or 0.0 for step, *_ in STEPS), default=0.0)
     boxes = []
     for step, title, makes, anchor in STEPS:
+        if step not in run.steps:
+            continue
         seconds = run.seconds(step)
         link = f'<a href="#{anchor}">{title}</a>'
         if not run.records[step]:
@@ -244,11 +255,16 @@ def _sample(sample: Mapping[str, Any], reply: bool) -> str:
     return f'<p class="{kind}"><b>{markup.escaped(markup.shortened(prompt))}</b>{said}</p>'
 
 
-def _scores(scores: Mapping[str, Any]) -> str:
-    parts = ['<section id="scores"><h2>Before and after fine-tuning</h2>']
+def _scores(run: Run) -> str:
+    scores = run.scores
+    title = "Before and after fine-tuning" if "finetune" in run.steps else "Scores"
+    parts = [f'<section id="scores"><h2>{title}</h2>']
     if not scores:
         return f"{parts[0]}<p>{markup.ABSENT}</p></section>"
-    tables = {key: value for key, value in scores.items() if key != "examples"}
+    tables = {key: value for key, value in scores.items() if key not in ("examples", "fill")}
+    if cases := markup.as_dicts(scores.get("fill")):
+        kept = ("text", "expected", "said", "passed")
+        tables["gaps filled"] = [{key: case[key] for key in kept if key in case} for case in cases]
     compared = {key: value for key, value in tables.items() if _is_comparison(value)}
     if compared:
         parts.append(_comparison(compared))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,13 @@ class Run:
     lineage: dict[str, Any]
     environment: dict[str, Any]
     unreadable: list[str]
+
+    @property
+    def steps(self) -> frozenset[str]:
+        """The steps that the recipe has; all where its text does not say."""
+        found = re.search(r"^steps = \[(.*)\]$", self.recipe, re.MULTILINE)
+        named = re.findall(r'"(\w+)"', found.group(1)) if found else []
+        return frozenset(named) or frozenset(step for step, *_ in STEPS)
 
     @classmethod
     def read(cls, run: Path) -> Run:
