@@ -170,8 +170,8 @@ def peak_gflops() -> float:
     return max(matmul_gflops(torch.float32, size, 1.0) for size in (512, 1024))
 
 
-def compare_speed(pairs: int, steps: int) -> None:
-    """Interleave all sides, and print rates and paired ratios."""
+def compare_speed(pairs: int, steps: int) -> str:
+    """Interleave all sides, print rates and paired ratios; returns the faster of transformers' sides."""
     from lexmill.devices import this_machine, threads
 
     machine = this_machine()
@@ -202,9 +202,10 @@ def compare_speed(pairs: int, steps: int) -> None:
         print(f"{ours}: {statistics.median(ratios):.2f} times {better} (median of {pairs} paired ratios)")
     for side in sides.values():
         side.close()
+    return better
 
 
-def compare_loss(seconds: float) -> None:
+def compare_loss(seconds: float, theirs: str) -> None:
     """Train each side on the same stream of the shipped novels for the same time; print the last losses."""
     import numpy as np
 
@@ -217,7 +218,7 @@ def compare_loss(seconds: float) -> None:
     ]
     tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=SHAPE["vocab_size"]))
     stream = np.concatenate([np.array(tokenizer.encode(text, special=False)) for text in texts])
-    for name in ("lexmill-muon", "transformers-float32"):
+    for name in ("lexmill-muon", theirs):
         step, label = SIDES[name]()
         random = np.random.default_rng(0)
         losses, spent = [], 0.0
@@ -243,9 +244,9 @@ def main() -> None:
     if arguments.child:
         child(arguments.child)
         return
-    compare_speed(arguments.pairs, arguments.steps)
+    better = compare_speed(arguments.pairs, arguments.steps)
     if arguments.loss:
-        compare_loss(arguments.loss)
+        compare_loss(arguments.loss, better)
 
 
 if __name__ == "__main__":
