@@ -25,7 +25,7 @@ class Piece:
         text: how it is shown, without the space before it.
         word: the number of its word in the text, from 0. A special token is a word of its own.
         start, end: its characters in the text; equal for what stands for none, such as [CLS].
-        special: it is a special token ([CLS], </s>, <|im_end|>).
+        special: it is a special token ([CLS], </s>, <|im_end|>), but not one that marks a gap.
     """
 
     ids: tuple[int, ...]
@@ -60,9 +60,11 @@ def pieces(tokenizer: Tokenizer, text: str, ids: Sequence[int] | None = None) ->
     firsts = [start for start, _ in spans]
     found: list[Piece] = []
     word, last = -1, (-1, -1)
+    gaps = {tokenizer.ids.mask, *tokenizer.ids.sentinels}  # these stand for words, and are looked at as such
     for token, (start, end) in zip(ids, trimmed):
         own = tokenizer.token_text(token)
-        special = start == end or (own in tokenizer.special_texts and text[start:end] == own)
+        named = own in tokenizer.special_texts and text[start:end] == own
+        special = start == end or (named and token not in gaps)
         span = (-1, -1) if special else spans[bisect.bisect_right(firsts, start) - 1]
         if special or span != last:
             word += 1
