@@ -73,15 +73,15 @@ def test_a_talk_on_a_terminal(model_path, tmp_path):
         terminal.type("half a li\x03")  # Ctrl-C clears it
         terminal.until(PROMPT)
         terminal.type("\x03")
-        terminal.until("/exit leaves")
+        assert "/exit leaves" in terminal.until(PROMPT)
         terminal.type(f"/save {saved}\r")
-        terminal.until("written to")
+        assert "written to" in terminal.until(PROMPT)
         first = json.loads(saved.read_text("utf-8"))["messages"]
         terminal.type("/reset\r")
-        terminal.until("is forgotten")
+        assert "is forgotten" in terminal.until(PROMPT)
         terminal.type("\x1b[A\x1b[A\r")  # arrow up twice: the /save line again
-        terminal.until("written to")
-        terminal.type("\x04")  # Ctrl-D
+        assert "written to" in terminal.until(PROMPT)
+        terminal.type("\x04")  # Ctrl-D; before the prompt it would be the terminal's, and lost
         assert terminal.process.wait(20) == 0
     finally:
         terminal.close()
