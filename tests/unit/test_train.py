@@ -210,3 +210,16 @@ def test_schedule_goes_up_along_and_down():
     assert factors[9] == factors[59] == 1.0
     assert 0 < factors[99] < 0.05
     assert all(later <= earlier for earlier, later in itertools.pairwise(factors[10:]))
+
+
+def test_samples_are_made_without_dropout_and_training_goes_on_with_it(tmp_path):
+    modes = []
+    loader = Loader(lambda epoch: documents([20, 31]), rows=2, length=32, pad_id=0, seed=0)
+
+    def watched(decoder, batch):
+        modes.append(("learn", decoder.training))
+        return causal_loss(decoder, batch)
+
+    hooks = Hooks(sample=lambda decoder, step: modes.append(("sample", decoder.training)))
+    train(model(), watched, loader, config(steps=3, sample_every=1), tmp_path, hooks=hooks)
+    assert modes == [("learn", True), ("sample", False)] * 3

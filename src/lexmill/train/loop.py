@@ -294,7 +294,9 @@ class _Run:
             shown = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
             progress.say(f"  step {position.step:>6,}  {shown}  {self.note}")
         if self.hooks.sample and (position.step % config.sample_every == 0 or self.finished):
+            self.model.eval()  # no dropout in what is shown, and no random numbers taken from training
             self.hooks.sample(self.model, position.step)
+            self.model.train()
 
     def save(self) -> None:
         """Write a checkpoint."""
