@@ -54,7 +54,11 @@ class Transformer(nn.Module):
                     weight.fill_(1.0)
                 else:
                     embedding = name.endswith("embed.weight") or name == "head.weight"
-                    small = 0.1 if self.config.positions == "learned" and name == "embed.weight" else 0.02
+                    learned = self.config.positions == "learned" and name in (
+                        "embed.weight",
+                        "segment_embed.weight",
+                    )
+                    small = 0.1 if learned else 0.02
                     deviation = small if embedding else weight.shape[1] ** -0.5
                     if name.endswith("attention.q.weight") and not self.config.scale_scores:
                         deviation *= self.config.head_width**-0.5
@@ -66,23 +70,24 @@ class Transformer(nn.Module):
     def _begin_positions(self) -> None:
         """Let attention look nearby from the first step, where positions would have to be learned from nothing.
 
-        Positions are sinusoids (Vaswani et al. 2017), stronger than the words, and in two thirds of the
-        heads keys begin equal to queries, so that places that are alike, that is near, look at each other
-        ("mimetic initialization", Trockman & Kolter 2023). The other heads stay free to gather from afar,
-        which next sentences need. Without it a small BERT predicts by frequency alone for hundreds of
-        steps; measured in docs/decisions.md.
+        Positions are sinusoids (Vaswani et al. 2017) over the first `head_width` features, stronger there
+        than the words; in two thirds of the heads queries and keys begin as just these features, so that
+        places that are alike, that is near, look at each other ("mimetic initialization", Trockman & Kolter
+        2023). The other features and heads stay free for words, and to gather from afar. Without it a small
+        BERT predicts by frequency alone for hundreds of steps; measured in docs/decisions.md.
         """
         parameters = dict(self.named_parameters())
         positions = parameters["position_embed.weight"]
-        places, width = positions.shape
+        size = self.config.head_width
         with torch.no_grad():
-            pairs = torch.arange(0, width, 2).float() / width
-            angles = torch.arange(places).float()[:, None] / 1000**pairs
-            positions.copy_(0.3 * torch.cat([angles.sin(), angles.cos()], 1)[:, :width])
-            near = self.config.heads * 2 // 3 * self.config.head_width
+            rates = 1000 ** (-torch.arange(0, size, 2).float() / size)
+            angles = torch.arange(len(positions)).float()[:, None] * rates
+            positions.zero_()
+            positions[:, :size] = 0.4 * torch.cat([angles.sin(), angles.cos()], 1)[:, :size]
             for name, weight in parameters.items():
-                if name.endswith("attention.k.weight"):
-                    weight[:near] = parameters[name.replace("attention.k.", "attention.q.")][:near]
+                if name.endswith(("attention.q.weight", "attention.k.weight")):
+                    for head in weight.split(size)[: self.config.heads * 2 // 3]:
+                        head.copy_(0.8 * torch.eye(size, weight.shape[1]))
 
     def load_weights(self, weights: Mapping[str, np.ndarray]) -> None:
         """Copy in every weight by its own name; shapes must fit."""

@@ -20,12 +20,24 @@ _END = re.compile(
     r"(?<=[。！？；…])(?=[^。！？；…”’」』）])|(?<=[。！？；…][”’」』）])(?=.)"
     r"|(?<=[.!?;])\s+|(?<=[.!?;][\"'”’)])\s+|\n+"
 )
+# Within a sentence: behind a comma or the like, and at white space between Chinese characters.
+_CLAUSE = re.compile(
+    r"(?<=[，、：])|(?<=,)(?=[\u4e00-\u9fff])|(?<=,)\s+|(?<=[\u4e00-\u9fff])\s+(?=[\u4e00-\u9fff])"
+)
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, in order, without white space around them."""
-    return [part for part in (piece.strip() for piece in _END.split(text)) if part]
+    """The sentences of a text, in order, without white space around them.
+
+    A text of a single sentence comes as its clauses, so that it, too, has a first and a second part.
+    """
+    sentences = _parts(_END, text)
+    return sentences if len(sentences) > 1 else _parts(_CLAUSE, text)
+
+
+def _parts(boundary: re.Pattern[str], text: str) -> list[str]:
+    return [part for part in (piece.strip() for piece in boundary.split(text)) if part]
 
 
 class Sentences:

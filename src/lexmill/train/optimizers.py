@@ -1,4 +1,4 @@
-"""Optimisers: Muon for the matrices inside blocks, AdamW for the rest, or AdamW for all."""
+"""Optimisers: Muon for matrices between hidden states, AdamW for the rest, or AdamW for all."""
 
 from __future__ import annotations
 
@@ -73,6 +73,15 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
+def _is_hidden(parameter: Tensor, name: str) -> bool:
+    """Whether a parameter maps hidden states to hidden states or to classes, not from or to a vocabulary."""
+    return (
+        parameter.dim() == 2
+        and not name.endswith(("embed.weight", "relative.weight"))
+        and name != "head.weight"
+    )
+
+
 class OptimizerSet:
     """The optimisers of a run behind one face: step, learning rate, complete state as named arrays."""
 
@@ -90,9 +99,7 @@ class OptimizerSet:
         self._names: dict[Any, str] = {
             parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad
         }
-        matrices = [
-            p for p, name in self._names.items() if kind == "muon" and p.dim() == 2 and ".blocks." in name
-        ]
+        matrices = [p for p, name in self._names.items() if kind == "muon" and _is_hidden(p, name)]
         chosen = set(matrices)
         rest = [p for p in self._names if p not in chosen]
         decayed = [p for p in rest if p.dim() >= 2]
