@@ -8,7 +8,7 @@ from conftest import ROOT
 from lexmill.config import apply_overrides, from_mapping, read_toml, to_mapping
 from lexmill.errors import ConfigError, FileError
 from lexmill.recipe.config import read_recipe, to_toml
-from lexmill.train.loop import TrainConfig
+from lexmill.train.config import TrainConfig
 
 QUICKSTART = ROOT / "recipes" / "quickstart.toml"
 

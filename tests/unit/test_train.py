@@ -13,7 +13,8 @@ from lexmill.model.config import ModelConfig
 from lexmill.model.decoder import Decoder
 from lexmill.train.batches import IGNORED, Batch, Example, Loader, next_token_example, pack
 from lexmill.train.causal import causal_loss
-from lexmill.train.loop import Hooks, TrainConfig, _Run, train
+from lexmill.train.config import TrainConfig
+from lexmill.train.loop import Hooks, _Run, train
 from lexmill.train.objective import Losses, measure
 from lexmill.train.optimizers import orthogonalise
 from lexmill.train.schedule import learning_rate_factor

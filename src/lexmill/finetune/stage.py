@@ -19,9 +19,11 @@ from lexmill.progress import SILENT, Progress
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.train.batches import Example, Loader, fixed_batches, next_token_example
 from lexmill.train.causal import causal_loss
-from lexmill.train.loop import Hooks, TrainConfig, TrainResult, train
+from lexmill.train.config import TrainConfig
+from lexmill.train.loop import Hooks, TrainResult, train
 from lexmill.train.metrics import write_samples
 from lexmill.train.objective import measure
+from lexmill.train.processes import Processes
 
 # (model, tokenizer, question) -> the reply
 Replier = Callable[[nn.Module, Tokenizer, str], str]
@@ -135,6 +137,9 @@ def finetune(
         raise ModelError(
             f"{base.path}: fine-tuning for chat needs a decoder; this model has the shape '{base.config.shape}'."
         )
+    processes = Processes.join(config.device)
+    if not processes.first:
+        progress = SILENT
     tokenizer = base.tokenizer
     length = config.row_length or base.config.context
     pad = tokenizer.ids.pad if tokenizer.ids.pad is not None else 0
@@ -158,14 +163,17 @@ def finetune(
     model.load_weights(base.weights())
     progress.say(f"  {len(conversations):,} conversations")
 
+    on_device = [batch.to(processes.device) for batch in held_out]
+
     def validate(model: nn.Module) -> dict[str, float]:
-        return measure(model, causal_loss, held_out).figures("validation")
+        return measure(model, causal_loss, on_device).figures("validation")
 
     def show_replies(model: nn.Module, step: int) -> None:
         if reply is None:
             return
         said = [(prompt, reply(model, tokenizer, prompt)) for prompt in config.prompts]
-        write_samples(out / "samples.jsonl", step, said)
+        if processes.first:
+            write_samples(out / "samples.jsonl", step, said)
         for prompt, text in said:
             progress.say(f"    {prompt} > {' '.join(text.split())[:90]}")
 
@@ -178,9 +186,13 @@ def finetune(
         label="fine-tuning",
         hooks=Hooks(validate=validate, sample=show_replies if reply else None),
         progress=progress,
+        processes=processes,
     )
     history = {"stage": "finetune", "task": "chat", "steps": result.steps, "tokens": result.tokens}
     lineage = {**base.lineage, "history": [*base.lineage.get("history", []), history]}
-    directory = write_model_directory(out / "model", base.config, model.weights(), tokenizer, lineage)
-    write_json(out / "result.json", vars(result))
-    return directory, result
+    weights = model.weights()
+    with processes.first_alone():
+        if processes.first:
+            write_model_directory(out / "model", base.config, weights, tokenizer, lineage)
+            write_json(out / "result.json", vars(result))
+    return ModelDirectory.open(out / "model"), result

@@ -26,6 +26,11 @@ def load_model(directory: ModelDirectory) -> Transformer:
     return model.eval()
 
 
+def _ids(model: Any, values: Any) -> Tensor:
+    """Whole numbers where the model computes."""
+    return torch.tensor(values, device=next(model.parameters()).device)
+
+
 class TorchSession:
     """One text being read and continued (`lexmill.inference.generation.Session`), or several side by side.
 
@@ -42,7 +47,7 @@ class TorchSession:
         self.context = _UNLIMITED if relative else model.config.context
         if model.config.shape == "encoder_decoder":
             with torch.inference_mode():
-                self._memory = model.encode(torch.tensor([list(source)]))
+                self._memory = model.encode(_ids(model, [list(source)]))
 
     def read(self, ids: Sequence[int]) -> np.ndarray:
         """Read on; returns float32 logits (vocab_size,) for what follows."""
@@ -50,17 +55,17 @@ class TorchSession:
 
     def read_rows(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Each text reads on, all by as many tokens: float32 logits (rows, vocab_size)."""
-        tokens = torch.tensor(rows)
+        tokens = _ids(self._model, rows)
         with torch.inference_mode():
             if self._memory is None:
                 hidden = self._model.hidden(tokens, cache=self._cache)
             else:
                 hidden = self._model.decode(tokens, self._memory, cache=self._cache)
-            return F.linear(hidden[:, -1], self._model.head_weight).float().numpy()
+            return F.linear(hidden[:, -1], self._model.head_weight).float().cpu().numpy()
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Text i becomes what text `rows[i]` was; there may be more or fewer than before."""
-        index = torch.tensor(rows)
+        index = _ids(self._model, rows)
         self._cache.reorder(index)
         if self._memory is not None:
             self._memory = self._memory[index]
@@ -73,36 +78,38 @@ def all_logits(model: Any, ids: Sequence[int], decoder_ids: Sequence[int] | None
     belong to `decoder_ids`.
     """
     with torch.inference_mode():
-        tokens = torch.tensor([list(ids)])
+        tokens = _ids(model, [list(ids)])
         if decoder_ids is None:
-            return model(tokens)[0].float().numpy()
-        return model(tokens, torch.tensor([list(decoder_ids)]))[0].float().numpy()
+            return model(tokens)[0].float().cpu().numpy()
+        return model(tokens, _ids(model, [list(decoder_ids)]))[0].float().cpu().numpy()
 
 
 def pair_logits(model: Any, ids: Sequence[int], segments: Sequence[int]) -> np.ndarray:
     """The next-sentence head on a pair of texts: [follows, does not follow], float32."""
     with torch.inference_mode():
-        hidden = model.hidden(torch.tensor([list(ids)]), segments=torch.tensor([list(segments)]))
-        return model.pair_logits(hidden[:, 0])[0].float().numpy()
+        hidden = model.hidden(_ids(model, [list(ids)]), segments=_ids(model, [list(segments)]))
+        return model.pair_logits(hidden[:, 0])[0].float().cpu().numpy()
 
 
 def hidden_rows(model: Any, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """The last hidden states of several texts at once, each (len(row), width), float32."""
     longest = max(len(row) for row in rows)
-    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
-    real = torch.zeros(len(rows), longest, dtype=torch.bool)
+    tokens = np.zeros((len(rows), longest), np.int64)
+    real = np.zeros((len(rows), longest), bool)
     for index, row in enumerate(rows):
-        tokens[index, : len(row)] = torch.tensor(row)
+        tokens[index, : len(row)] = row
         real[index, : len(row)] = True
-    mask = None if bool(real.all()) else real[:, None, None]
+    mask = None if bool(real.all()) else _ids(model, real)[:, None, None]
     with torch.inference_mode():
         if model.config.shape == "decoder":
-            hidden = model.hidden(tokens)  # what fills a row stands behind it, where nothing looks
+            hidden = model.hidden(
+                _ids(model, tokens)
+            )  # what fills a row stands behind it, where nothing looks
         elif model.config.shape == "encoder":
-            hidden = model.hidden(tokens, mask=mask)
+            hidden = model.hidden(_ids(model, tokens), mask=mask)
         else:
-            hidden = model.encode(tokens, mask)
-    return [hidden[index, : len(row)].float().numpy() for index, row in enumerate(rows)]
+            hidden = model.encode(_ids(model, tokens), mask)
+    return [hidden[index, : len(row)].float().cpu().numpy() for index, row in enumerate(rows)]
 
 
 def look_inside(
@@ -115,12 +122,12 @@ def look_inside(
         encoder–decoder with `decoder_ids` also "decoder_attention" (layers, heads, m, m) and
         "cross" (layers, heads, m, n).
     """
-    tokens, first, second = torch.tensor([list(ids)]), Record(), Record()
+    tokens, first, second = _ids(model, [list(ids)]), Record(), Record()
     with torch.inference_mode():
         if model.config.shape == "encoder_decoder":
             memory = model.encode(tokens, record=first)
             if decoder_ids is not None:
-                model.decode(torch.tensor([list(decoder_ids)]), memory, record=second)
+                model.decode(_ids(model, [list(decoder_ids)]), memory, record=second)
         else:
             model.hidden(tokens, record=first)
     parts = {
@@ -129,4 +136,4 @@ def look_inside(
         "decoder_attention": second.attention,
         "cross": second.cross,
     }
-    return {name: torch.cat(found).float().numpy() for name, found in parts.items() if found}
+    return {name: torch.cat(found).float().cpu().numpy() for name, found in parts.items() if found}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from lexmill.data.documents import Document, read_documents
 from lexmill.data.shards import TokenShard, write_token_shard
 from lexmill.errors import DataError, ModelError
 from lexmill.model.config import ModelConfig
+from lexmill.pretrain.made import made_before, remember_made
 from lexmill.pretrain.masked import MaskingConfig, masked_examples, masked_loss
 from lexmill.pretrain.sentences import Sentences, tokenize_sentences
 from lexmill.pretrain.spans import SpanConfig, plan_rows, span_examples
@@ -162,6 +163,8 @@ def tokenize_documents(
     Raises:
         DataError: a split has no text documents.
     """
+    if made_before(out, documents, tokenizer, splits):
+        return {split: TokenShard.open(out / split) for split in splits}
     shards = {}
     for split in splits:
         with progress.task(f"tokenizing {split}", None, "documents") as task:
@@ -182,7 +185,19 @@ def tokenize_documents(
         raise DataError(
             f"{documents}: there are no text documents to pretrain on.", "Add a source of kind 'text'."
         )
+    remember_made(out, documents, tokenizer, splits)
     return shards
+
+
+def name_documents(documents: Path, numbers: Sequence[int]) -> list[str]:
+    """Where the texts with these numbers in the training split come from: id and source of each."""
+    wanted, found = set(numbers), {}
+    for number, document in enumerate(_texts(documents / "train.parquet")):
+        if number in wanted:
+            found[number] = f"{document.id} ({document.source})"
+            if len(found) == len(wanted):
+                break
+    return [found.get(number, str(number)) for number in numbers]
 
 
 def _texts(path: Path) -> Iterator[Document]:
@@ -202,5 +217,5 @@ def cut_documents(shard: TokenShard, length: int, end_of_text: int, shift: float
         first = length - int(shift * length) if len(ids) > length + 1 else length
         starts = [0, *range(first, len(ids) - 1, length)]
         for start, end in zip(starts, [*starts[1:], len(ids) - 1]):
-            examples.append(next_token_example(ids[start : end + 1]))
+            examples.append(next_token_example(ids[start : end + 1], origin=index))
     return examples

@@ -67,6 +67,7 @@ class _Text:
     second: np.ndarray | None = None
     second_continues: np.ndarray | None = None
     label: int = IGNORED
+    origin: int = -1  # the document; of a pair, the first part's
 
 
 def masked_examples(
@@ -79,18 +80,19 @@ def masked_examples(
     """
     random = np.random.default_rng(seed)
     texts: list[_Text] = []
-    origin: list[int] = []
     for index in range(len(sentences)):
-        for text in _cut_document(sentences[index], length, config.next_sentence, random):
-            texts.append(text)
-            origin.append(index)
+        texts += _cut_document(sentences[index], index, length, config.next_sentence, random)
     if config.next_sentence:
-        _exchange_seconds(texts, origin, random)
+        _exchange_seconds(texts, random)
     return _mask(texts, tokenizer, config, length, random)
 
 
 def _cut_document(
-    sentences: list[tuple[np.ndarray, np.ndarray]], length: int, pairs: bool, random: np.random.Generator
+    sentences: list[tuple[np.ndarray, np.ndarray]],
+    origin: int,
+    length: int,
+    pairs: bool,
+    random: np.random.Generator,
 ) -> list[_Text]:
     """Sentences gathered to texts that fill a row, as pairs where there are two sentences or more."""
     room = length - (3 if pairs else 2)
@@ -108,9 +110,9 @@ def _cut_document(
     for group in groups:
         if len(group) > 1 and pairs:
             cut = int(random.integers(1, len(group)))
-            texts.append(_Text(*_join(group[:cut]), *_join(group[cut:]), FOLLOWS))
+            texts.append(_Text(*_join(group[:cut]), *_join(group[cut:]), FOLLOWS, origin))
         elif group:
-            texts.append(_Text(*_join(group)))
+            texts.append(_Text(*_join(group), origin=origin))
     return texts
 
 
@@ -120,20 +122,20 @@ def _join(group: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.nd
     return np.concatenate([ids for ids, _ in group]), np.concatenate([continues for _, continues in group])
 
 
-def _exchange_seconds(texts: list[_Text], origin: list[int], random: np.random.Generator) -> None:
+def _exchange_seconds(texts: list[_Text], random: np.random.Generator) -> None:
     """Give half of the pairs, drawn at random, a second part that comes from another document.
 
     The parts only change places among each other, so that nothing but the meaning tells true
     pairs from false ones: not the length, and not how often a sentence is seen.
     """
     pairs = np.array([index for index, text in enumerate(texts) if text.second is not None], np.int64)
-    if len({origin[index] for index in pairs}) < 2:
+    if len({texts[index].origin for index in pairs}) < 2:
         raise DataError(
             "Next-sentence prediction needs two documents or more with at least two sentences each.",
             "Split the text into documents, or set masking.next_sentence = false.",
         )
     chosen = random.permutation(pairs)[: len(pairs) // 2]
-    documents = np.array(origin)
+    documents = np.array([text.origin for text in texts])
     givers = random.permutation(chosen)
     for place in np.flatnonzero(documents[chosen] == documents[givers]):
         # trade with a place where neither side would come from its own document
@@ -150,7 +152,7 @@ def _exchange_seconds(texts: list[_Text], origin: list[int], random: np.random.G
     seconds = [(texts[giver].second, texts[giver].second_continues) for giver in givers]
     for index, (second, continues) in zip(chosen, seconds):
         text = texts[index]
-        texts[index] = _Text(text.first, text.first_continues, second, continues, ELSEWHERE)
+        texts[index] = _Text(text.first, text.first_continues, second, continues, ELSEWHERE, text.origin)
 
 
 def _mask(
@@ -191,7 +193,11 @@ def _mask(
     ends = np.cumsum(sizes)
     return [
         Example(
-            ids[start:end], targets[start:end], segment if config.next_sentence else None, None, text.label
+            ids[start:end],
+            targets[start:end],
+            segment if config.next_sentence else None,
+            label=text.label,
+            origin=text.origin,
         )
         for start, end, segment, text in zip(ends - sizes, ends, segments, texts)
     ]

@@ -12,6 +12,7 @@ import numpy as np
 from lexmill.data.documents import read_documents
 from lexmill.data.shards import TokenShard, write_token_shard
 from lexmill.errors import ConfigError, DataError
+from lexmill.pretrain.made import made_before, remember_made
 from lexmill.progress import SILENT, Progress
 from lexmill.tokenizer.tokenizer import Tokenizer
 
@@ -86,6 +87,11 @@ def tokenize_sentences(
         ConfigError: jieba is not installed.
     """
     _, separator = tokenizer.require_separators()
+    if made_before(out, documents, tokenizer, splits, chinese_words=chinese_words):
+        return {
+            split: Sentences(TokenShard.open(out / split), TokenShard.open(out / f"{split}-words"), separator)
+            for split in splits
+        }
     found = {}
     for split in splits:
         with progress.task(f"tokenizing {split}", None, "documents") as task:
@@ -98,9 +104,8 @@ def tokenize_sentences(
                         continue
                     task.advance()
                     ids, continues = words.document(split_sentences(document.text), separator)
-                    if len(ids):
-                        flags.append(continues)
-                        yield ids.tolist(), len(document.text.encode("utf-8"))
+                    flags.append(continues)
+                    yield ids.tolist(), len(document.text.encode("utf-8"))
 
             ids = _write(out / split, encoded(), tokenizer)
             continues = _write(
@@ -111,6 +116,7 @@ def tokenize_sentences(
         raise DataError(
             f"{documents}: there are no text documents to pretrain on.", "Add a source of kind 'text'."
         )
+    remember_made(out, documents, tokenizer, splits, chinese_words=chinese_words)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -104,7 +104,8 @@ def span_examples(
         for begin, stop in itertools.pairwise(cuts):
             if stop - begin >= 2:
                 plan = full if stop - begin == full.raw else plan_text(stop - begin, config)
-                examples.append(corrupt(ids[begin:stop], plan, sentinels, end, start, random))
+                example = corrupt(ids[begin:stop], plan, sentinels, end, start, random)
+                examples.append(replace(example, origin=index))
     return examples
 
 

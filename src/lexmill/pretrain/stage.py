@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,16 +15,18 @@ from lexmill.files import write_json
 from lexmill.model.build import build_model
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
-from lexmill.pretrain.lessons import LESSONS, OBJECTIVE_OF
+from lexmill.pretrain.lessons import LESSONS, OBJECTIVE_OF, name_documents
 from lexmill.pretrain.masked import MaskingConfig
 from lexmill.pretrain.shape import ShapeConfig
 from lexmill.pretrain.spans import SpanConfig
 from lexmill.progress import SILENT, Progress
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.train.batches import Loader, fixed_batches
-from lexmill.train.loop import Hooks, TrainConfig, TrainResult, train
+from lexmill.train.config import TrainConfig
+from lexmill.train.loop import Hooks, TrainResult, train
 from lexmill.train.metrics import write_samples
 from lexmill.train.objective import measure
+from lexmill.train.processes import Processes
 
 # (model, tokenizer, prompt) -> what the model makes of the prompt: its continuation, or what fills its gap
 Sampler = Callable[[nn.Module, Tokenizer, str], str]
@@ -88,9 +91,13 @@ def pretrain(
         ModelError: a tokenizer that does not fit the objective.
         TrainingError: training diverged.
     """
+    processes = Processes.join(config.device)
+    if not processes.first:
+        progress = SILENT
     shape = config.shape(tokenizer.vocab_size)
     objective = OBJECTIVE_OF[shape.shape]
-    lesson = LESSONS[objective](config, shape, documents, tokenizer, out / "tokens", progress)
+    with processes.first_alone():
+        lesson = LESSONS[objective](config, shape, documents, tokenizer, out / "tokens", progress)
     rows = {"rows": config.rows, "length": lesson.length, "decoder_length": lesson.decoder_length}
     model = build_model(shape)
     model.initialise(config.seed)
@@ -100,15 +107,17 @@ def pretrain(
     )
     most = max(1, config.validation_tokens // (config.rows * (lesson.length + lesson.decoder_length)))
     validation = fixed_batches(lesson.validation, pad_id=lesson.pad, **rows)[:most]
+    on_device = [batch.to(processes.device) for batch in validation]
 
     def validate(model: nn.Module) -> dict[str, float]:
-        return measure(model, lesson.loss, validation).figures("validation")
+        return measure(model, lesson.loss, on_device).figures("validation")
 
     def show_samples(model: nn.Module, step: int) -> None:
         if sample is None:
             return
         said = [(prompt, sample(model, tokenizer, prompt)) for prompt in config.prompts]
-        write_samples(out / "samples.jsonl", step, said)
+        if processes.first:
+            write_samples(out / "samples.jsonl", step, said)
         for prompt, text in said:
             progress.say(f"    {prompt}|{' '.join(text.split())[:90]}")
 
@@ -119,8 +128,13 @@ def pretrain(
         config,
         out,
         label="pretraining",
-        hooks=Hooks(validate=validate if validation else None, sample=show_samples if sample else None),
+        hooks=Hooks(
+            validate=validate if validation else None,
+            sample=show_samples if sample else None,
+            name_documents=partial(name_documents, documents),
+        ),
         progress=progress,
+        processes=processes,
     )
     history = {
         "stage": "pretrain",
@@ -131,8 +145,10 @@ def pretrain(
         "tokenizer_sha256": tokenizer.sha256,
         **lesson.facts,
     }
-    directory = write_model_directory(
-        out / "model", shape, model.weights(), tokenizer, {**(lineage or {}), "history": [history]}
-    )
-    write_json(out / "result.json", {**vars(result), "parameters": shape.parameters})
-    return directory, result
+    weights = model.weights()
+    with processes.first_alone():
+        if processes.first:
+            facts = {**(lineage or {}), "history": [history]}
+            write_model_directory(out / "model", shape, weights, tokenizer, facts)
+            write_json(out / "result.json", {**vars(result), "parameters": shape.parameters})
+    return ModelDirectory.open(out / "model"), result

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from lexmill.errors import TrainingError
 
 IGNORED = -100  # a target that does not count
+_MAKE_AHEAD = 0.5  # of an epoch: then the next one is made, beside training
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Example:
     `targets[i]` is what should be predicted at `tokens[i]`, or `IGNORED`; where there are
     `decoder_tokens` it belongs to those, and `tokens` are what the encoder reads.
     `segments` tells the two texts of a pair apart, `label` says whether the second does not
-    follow the first (0 follows, 1 does not, `IGNORED` is not asked).
+    follow the first (0 follows, 1 does not, `IGNORED` is not asked). `origin` is the number of the
+    document in its split, -1 where there is no single one.
     """
 
     tokens: np.ndarray
@@ -31,19 +34,21 @@ class Example:
     segments: np.ndarray | None = None
     decoder_tokens: np.ndarray | None = None
     label: int = IGNORED
+    origin: int = -1
 
 
-def next_token_example(ids: np.ndarray, counts: np.ndarray | None = None) -> Example:
+def next_token_example(ids: np.ndarray, counts: np.ndarray | None = None, origin: int = -1) -> Example:
     """Predict each token of `ids` from those before it.
 
     Args:
         ids: (n + 1,) token ids.
         counts: (n + 1,) booleans: which of them are targets. All when not given.
+        origin: of which document.
     """
     targets = ids[1:].astype(np.int64)
     if counts is not None:
         targets[~counts[1:]] = IGNORED
-    return Example(ids[:-1].astype(np.int64), targets)
+    return Example(ids[:-1].astype(np.int64), targets, origin=origin)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ class Batch:
     `document` numbers the examples of a row from 0; what fills the end of a row has a number of
     its own. A position may only look at positions of its own number. `labels` stand at the first
     token of their example. With `decoder_tokens`, those, `decoder_document` and `targets` have
-    the decoder's length.
+    the decoder's length. `origins`, (rows, most examples in a row), names the documents, -1 where
+    there is none. Tensors are made on `device`.
     """
 
     tokens: np.ndarray
@@ -64,6 +70,8 @@ class Batch:
     labels: np.ndarray | None = None
     decoder_tokens: np.ndarray | None = None
     decoder_document: np.ndarray | None = None
+    origins: np.ndarray | None = None
+    device: torch.device | str = "cpu"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -80,16 +88,21 @@ class Batch:
 
     def select(self, rows: slice | np.ndarray) -> Batch:
         """Some of the rows."""
-        parts = {
+        arrays = {
             name: getattr(self, name)[rows]
             for name in self.__dataclass_fields__
-            if getattr(self, name) is not None
+            if isinstance(getattr(self, name), np.ndarray)
         }
-        return Batch(**parts)
+        return Batch(**arrays, device=self.device)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same rows, whose tensors are made on `device`."""
+        return replace(self, device=device)
 
     def tensor(self, name: str) -> Tensor:
         """One of the arrays."""
-        return torch.from_numpy(np.ascontiguousarray(getattr(self, name)))
+        tensor = torch.from_numpy(np.ascontiguousarray(getattr(self, name)))
+        return tensor.to(self.device, non_blocking=True)
 
     def row_positions(self) -> Tensor | None:
         """Positions where a row holds more than one example; None where they count from 0."""
@@ -97,25 +110,26 @@ class Batch:
 
     def mask(self, *, causal: bool) -> Tensor | None:
         """Which tokens may look at which, (rows, 1, length, length); None where each row is one example."""
-        return _same(self.document, self.document, causal) if self.document.any() else None
+        return self._same("document", "document", causal) if self.document.any() else None
 
     def decoder_mask(self) -> Tensor | None:
         """The same among decoder tokens, which never look ahead."""
         document = self.decoder_document
-        return _same(document, document, True) if document is not None and document.any() else None
+        if document is None or not document.any():
+            return None
+        return self._same("decoder_document", "decoder_document", True)
 
     def memory_mask(self) -> Tensor | None:
         """Which decoder tokens may look at which tokens, (rows, 1, decoder length, length)."""
         if self.decoder_document is None or not (self.document.any() or self.decoder_document.any()):
             return None
-        return _same(self.decoder_document, self.document, False)
+        return self._same("decoder_document", "document", False)
 
-
-def _same(query: np.ndarray, key: np.ndarray, causal: bool) -> Tensor:
-    mask = torch.from_numpy(query[:, :, None] == key[:, None, :])
-    if causal:
-        mask &= torch.ones(mask.shape[1:], dtype=torch.bool).tril()
-    return mask[:, None]
+    def _same(self, query: str, key: str, causal: bool) -> Tensor:
+        mask = self.tensor(query)[:, :, None] == self.tensor(key)[:, None, :]
+        if causal:
+            mask &= torch.ones(mask.shape[1:], dtype=torch.bool, device=mask.device).tril()
+        return mask[:, None]
 
 
 def pack(examples: Sequence[Example], length: int, pad_id: int, decoder_length: int = 0) -> Batch:
@@ -143,6 +157,7 @@ def pack(examples: Sequence[Example], length: int, pad_id: int, decoder_length: 
         labels=np.full(shape, IGNORED, np.int64) if has_labels else None,
         decoder_tokens=np.full(target_shape, pad_id, np.int64) if decoder_length else None,
         decoder_document=np.zeros(target_shape, np.int64) if decoder_length else None,
+        origins=_origins(rows, examples),
     )
     for row, members in enumerate(rows):
         start = decoder_start = 0
@@ -171,6 +186,14 @@ def pack(examples: Sequence[Example], length: int, pad_id: int, decoder_length: 
             # a row of a softmax must not be empty, and nothing is learned from it either way
             batch.decoder_document[row, decoder_start:] = len(members) if start < length else 0
     return batch
+
+
+def _origins(rows: list[list[int]], examples: Sequence[Example]) -> np.ndarray:
+    """(rows, most examples in a row): which documents a row holds, -1 behind the last."""
+    origins = np.full((len(rows), max(map(len, rows), default=1)), -1, np.int64)
+    for row, members in enumerate(rows):
+        origins[row, : len(members)] = [examples[index].origin for index in members]
+    return origins
 
 
 def _sizes(example: Example) -> tuple[int, int]:
@@ -229,6 +252,8 @@ class Loader:
         self.epoch, self.position = 0, 0
         self._packed: Batch | None = None
         self._packed_epoch = -1
+        self._worker = ThreadPoolExecutor(1, "loader")
+        self._ahead: tuple[int, Future[Batch]] | None = None
 
     def state(self) -> dict[str, int]:
         """Where the loader stands, for a checkpoint."""
@@ -238,28 +263,42 @@ class Loader:
         """Go to where `state` was taken."""
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
 
-    def next(self) -> Batch:
+    def next(self, steps_left: int | None = None) -> Batch:
         """The next batch: `rows` rows, fewer at the end of an epoch.
+
+        Args:
+            steps_left: how many more will be asked for, if known; then no epoch is made in vain.
 
         Raises:
             TrainingError: there is nothing to learn from.
         """
         if self._packed is None or self._packed_epoch != self.epoch:
-            self._packed = self._pack_epoch()
-            self._packed_epoch = self.epoch
+            self._packed, self._packed_epoch = self._take(self.epoch), self.epoch
         batch = self._packed.select(slice(self.position, self.position + self._rows))
         self.position += self._rows
-        if self.position >= len(self._packed.tokens):
+        size = len(self._packed.tokens)
+        needed = steps_left is None or self.position + steps_left * self._rows > size
+        if self._ahead is None and needed and self.position >= _MAKE_AHEAD * size:
+            following = self.epoch + 1
+            self._ahead = following, self._worker.submit(self._pack_epoch, following)
+        if self.position >= size:
             self.epoch, self.position = self.epoch + 1, 0
         return batch
 
-    def _pack_epoch(self) -> Batch:
-        packed = pack(self._examples(self.epoch), self._length, self._pad_id, self._decoder_length)
+    def _take(self, epoch: int) -> Batch:
+        """The rows of an epoch: made already, while the one before was still in use, or made now."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == epoch:
+            return ahead[1].result()
+        return self._pack_epoch(epoch)
+
+    def _pack_epoch(self, epoch: int) -> Batch:
+        packed = pack(self._examples(epoch), self._length, self._pad_id, self._decoder_length)
         if packed.counts["tokens"] == 0:
             raise TrainingError(
                 "There are no targets to learn from.", "Check the data: are the replies empty?"
             )
-        order = np.random.default_rng([self._seed, self.epoch]).permutation(len(packed.tokens))
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(packed.tokens))
         return packed.select(order)
 
 

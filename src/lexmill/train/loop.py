@@ -3,73 +3,38 @@
 from __future__ import annotations
 
 import math
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from lexmill.errors import ConfigError, TrainingError
+from lexmill.errors import TrainingError
+from lexmill.model.spreading import whole
 from lexmill.progress import SILENT, Progress
 from lexmill.train.batches import Batch, Loader
-from lexmill.train.checkpoint import Position, load_checkpoint, save_checkpoint
+from lexmill.train.checkpoint import Checkpoints, Position
+from lexmill.train.config import TrainConfig
 from lexmill.train.metrics import MetricsLog
 from lexmill.train.objective import Objective
 from lexmill.train.optimizers import OptimizerSet
+from lexmill.train.parallel import Task, gathered, own_parts, spread, synchronised
 from lexmill.train.precision import autocast, choose_precision
+from lexmill.train.processes import Processes
 from lexmill.train.schedule import learning_rate_factor
+from lexmill.train.watch import LossWatch
 
 # A budget in minutes becomes a number of steps after so many; the first ones are slow and do not count.
 _CALIBRATION_STEPS = 12
 _SLOW_STEPS = 4
-_MOST_SKIPPED_IN_A_ROW = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long and how to train. Exactly one of `steps`, `tokens`, `minutes` is the budget."""
-
-    steps: int | None = None
-    tokens: int | None = None
-    minutes: float | None = None
-    rows: int = 16  # rows of `context` tokens in a step
-    micro_rows: int | None = None  # rows computed at once; all of them when not given
-    optimizer: Literal["muon", "adamw"] = "muon"
-    learning_rate: float = 3e-3  # of AdamW
-    matrix_learning_rate: float = 0.02  # of Muon
-    weight_decay: float = 0.0
-    warmup: int = 10  # steps
-    decay: float = 0.4  # fraction of the run, at its end
-    clip: float = 1.0  # largest norm of the gradient
-    seed: int = 0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    validate_every: int = 100  # steps
-    sample_every: int = 200  # steps
-    checkpoint_seconds: float = 15.0
-
-    def __post_init__(self) -> None:
-        budgets = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]
-        if len(budgets) != 1:
-            raise ConfigError(
-                f"exactly one of 'steps', 'tokens' and 'minutes' must be set, not {len(budgets)}.",
-                "Remove the others, or set one.",
-            )
-        if getattr(self, budgets[0]) <= 0:
-            raise ConfigError(f"'{budgets[0]}' must be positive.")
-        for name in ("rows", "validate_every", "sample_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"'{name}' must be at least 1.")
-        if self.micro_rows is not None and not 1 <= self.micro_rows <= self.rows:
-            raise ConfigError(f"'micro_rows' must lie between 1 and 'rows' ({self.rows}).")
-        if not 0 < self.decay <= 1:
-            raise ConfigError("'decay' must lie in (0, 1].")
+_NAMED_DOCUMENTS = 8  # of a batch whose loss jumps
 
 
 @dataclass(frozen=True)
@@ -78,6 +43,7 @@ class Hooks:
 
     validate: Callable[[nn.Module], dict[str, float]] | None = None
     sample: Callable[[nn.Module, int], None] | None = None
+    name_documents: Callable[[Sequence[int]], list[str]] | None = None  # numbers of documents to their ids
 
 
 @dataclass(frozen=True)
@@ -90,6 +56,8 @@ class TrainResult:
     loss: float
     skipped: int
     precision: str
+    best_step: int = 0  # where the weights come from, if the best ones are kept
+    best_loss: float | None = None
 
 
 def train(
@@ -102,39 +70,44 @@ def train(
     label: str = "training",
     hooks: Hooks | None = None,
     progress: Progress = SILENT,
+    processes: Processes | None = None,
 ) -> TrainResult:
     """Train `model` in place, going on from the newest checkpoint in `folder` if there is one.
 
     `folder` receives `metrics.jsonl` and, while the run lasts, `checkpoints/`. A run that was
-    killed and started again gives bit for bit the weights of one that was not.
+    killed and started again gives bit for bit the weights of one that was not (same machine, same
+    number of threads and processes; with another number of processes the data come in the same order).
+
+    Args:
+        processes: those that train together; joined here when not given.
 
     Raises:
-        TrainingError: no targets, or ten steps in a row whose gradient is not finite.
+        TrainingError: no targets, steps in a row whose gradient is not finite, no memory, or
+            another process of the run was lost.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
+    processes = processes or Processes.join(config.device)
+    if not processes.first:
+        progress = SILENT
     model.train()
-    run = _Run(model, objective, loader, config, folder, hooks or Hooks())
-    run.resume(progress)
-    with progress.task(
-        label, config.minutes * 60 if config.minutes else run.position.total_steps, run.unit
-    ) as task:
-        task.advance(run.position.seconds if config.minutes else run.position.step)
-        task.started -= run.position.seconds
-        with _graceful_interrupt() as interrupted:
-            while not run.finished:
-                before = run.position.seconds
-                run.step(progress)
-                task.advance(run.position.seconds - before if config.minutes else 1, run.note)
-                if interrupted.is_set():
-                    run.save()
-                    raise KeyboardInterrupt
-    model.eval()
-    run.log.close()
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    position = run.position
-    return TrainResult(
-        position.step, position.tokens, position.seconds, run.smooth_loss, position.skipped, run.precision
-    )
+    run = _Run(model, objective, loader, config, folder, hooks or Hooks(), processes, progress)
+    with processes.explain_loss_of_others():
+        run.resume()
+        with progress.task(
+            label, config.minutes * 60 if config.minutes else run.position.total_steps, run.unit
+        ) as task:
+            task.advance(run.position.seconds if config.minutes else run.position.step)
+            task.started -= run.position.seconds
+            with _graceful_interrupt() as interrupted:
+                while not run.finished:
+                    before = run.position.seconds
+                    stop = run.step(interrupted.is_set())
+                    task.advance(run.position.seconds - before if config.minutes else 1, run.note)
+                    if stop:
+                        run.save()
+                        run.checkpoints.wait()
+                        raise KeyboardInterrupt
+        return run.finish()
 
 
 class _Run:
@@ -148,17 +121,15 @@ class _Run:
         config: TrainConfig,
         folder: Path,
         hooks: Hooks,
+        processes: Processes | None = None,
+        progress: Progress = SILENT,
     ) -> None:
-        self.model, self.objective, self.loader, self.config, self.hooks = (
-            model,
-            objective,
-            loader,
-            config,
-            hooks,
-        )
-        self.folder = folder
+        self.model, self.loader, self.config, self.hooks = model, loader, config, hooks
+        self.folder, self.progress = folder, progress
+        self.processes = processes = processes or Processes()
         self.unit = "seconds" if config.minutes else "steps"
-        self.precision = choose_precision(config.precision)
+        self.precision = processes.as_first_says(choose_precision(config.precision, processes.device.type))
+        self.task = spread(Task(model, objective), processes, config.sharding, config.compile)
         self.optimizers = OptimizerSet(
             model,
             kind=config.optimizer,
@@ -168,8 +139,17 @@ class _Run:
             precision=self.precision,
         )
         self.position = Position(precision=self.precision)
-        self.log = MetricsLog(folder / "metrics.jsonl")
-        self.smooth_loss = math.nan
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints",
+            model,
+            self.optimizers,
+            keep_last=config.keep_last,
+            processes=processes,
+            sharded=processes.world > 1 and config.sharding == "shard",
+            progress=progress,
+        )
+        self.log = MetricsLog(folder / "metrics.jsonl" if processes.first else None)
+        self.watch = LossWatch()
         self.note = ""
         self._slow_seconds = 0.0
         self._skipped_in_a_row = 0
@@ -180,48 +160,48 @@ class _Run:
         """Whether the budget is used up."""
         return 0 < self.position.total_steps <= self.position.step
 
-    def resume(self, progress: Progress) -> None:
+    def resume(self) -> None:
         """Start at the newest checkpoint, or from nothing."""
-        torch.manual_seed(self.config.seed)
         self.folder.mkdir(parents=True, exist_ok=True)
-        found = load_checkpoint(self.folder / "checkpoints", self.model, self.optimizers, progress)
+        found = self.checkpoints.load()
         if found:
             self.position = found
             if found.precision and found.precision != self.precision:
                 self.precision = found.precision
                 self.optimizers.set_precision(found.precision)
             self.loader.restore(found.loader or {})
-            progress.say(f"going on from step {found.step:,}")
+            self.progress.say(f"going on from step {found.step:,}")
         elif self.config.steps:
             self.position.total_steps = self.config.steps
         elif self.config.tokens:
-            first = self.loader.next()
+            first = self.loader.next(0)
             self.position.total_steps = max(1, round(self.config.tokens / first.size))
             self.loader.restore({"epoch": 0, "position": 0})
         self.log.resume(self.position.step)
 
-    def step(self, progress: Progress) -> None:
-        """One update of the weights, and what belongs after it."""
+    def step(self, interrupted: bool = False) -> bool:
+        """One update of the weights, and what belongs after it; whether some process was told to stop."""
         started = time.perf_counter()
         position, config = self.position, self.config
-        batch = self.loader.next()
-        loss = self._gradients(batch)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
         total = position.total_steps or 1 << 30
+        batch = self.loader.next(total - position.step - 1 if position.total_steps else None)
+        _seed_step(config.seed, position.step, self.processes.rank)
+        loss, told = self.processes.sums(self._gradients(batch), float(interrupted))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)))
         factor = learning_rate_factor(position.step, total, config.warmup, config.decay)
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizers.step(factor)
             self._skipped_in_a_row = 0
         else:
-            self._skip(progress, loss, norm)
+            self._skip(loss, norm, batch)
         position.step += 1
         position.tokens += batch.size
         position.loader = self.loader.state()
         took = time.perf_counter() - started
         position.seconds += took
-        self.smooth_loss = loss if math.isnan(self.smooth_loss) else 0.9 * self.smooth_loss + 0.1 * loss
+        spike = self.watch.is_spike(loss)
         rate = batch.size / took
-        self.note = f"loss {self.smooth_loss:.3f}  {rate:,.0f} tokens/s"
+        self.note = f"loss {self.watch.smooth:.3f}  {rate:,.0f} tokens/s"
         self.log.write(
             step=position.step,
             loss=round(loss, 5),
@@ -231,78 +211,168 @@ class _Run:
             seconds=round(position.seconds, 2),
             tokens_per_second=round(rate),
         )
+        if spike:
+            self._tell_spike(loss, batch)
         if config.minutes and not position.total_steps:
             self._calibrate(config.minutes * 60)
-        self._hooks(progress)
+        self._hooks()
         due = time.perf_counter() - self._last_save >= config.checkpoint_seconds
-        if due and position.total_steps and not self.finished:
+        if self.processes.world > 1:  # sharded checkpoints are written by all at once
+            due = bool(self.processes.as_first_says(due))
+        if due and position.total_steps and not self.finished and not self.checkpoints.busy:
             self.save()
+        return told > 0
 
     def _calibrate(self, budget_seconds: float) -> None:
         """Turn a budget in seconds into a number of steps, once; a checkpoint remembers it."""
         position = self.position
         if position.step == _SLOW_STEPS:
             self._slow_seconds = position.seconds
+        total = 0
         if position.step >= _CALIBRATION_STEPS or position.seconds >= budget_seconds:
             pace = (position.seconds - self._slow_seconds) / max(position.step - _SLOW_STEPS, 1)
             left = max(budget_seconds - position.seconds, 0.0)
-            position.total_steps = position.step + round(left / max(pace, 1e-9))
+            total = position.step + round(left / max(pace, 1e-9))
+        position.total_steps = self.processes.as_first_says(total)
 
     def _gradients(self, batch: Batch) -> float:
-        """Add up the gradient of the mean loss over all targets of the batch; returns that loss.
+        """Add up the gradient of the mean loss over all targets of the step; this process's part of that loss.
 
         Where more than one kind of thing is predicted, the loss is the weighted sum of their means.
         """
         counts = batch.counts
         if not counts["tokens"]:
             raise TrainingError("A batch has no targets.", "Check the data: are the replies empty?")
-        rows = self.config.micro_rows or len(batch.tokens)
+        # divided by the targets of the whole step: parts with unequal targets weigh as they should.
+        # Wrappers average gradients over processes, so each takes its part `world` times.
+        world = self.processes.world
+        scales = {name: world / count for name, count in counts.items() if count}
+        parts = own_parts(batch, self.processes, self.config.micro_rows)
         total = 0.0
-        for start in range(0, len(batch.tokens), rows):
-            part = batch.select(slice(start, start + rows))
-            with autocast(self.precision):
-                losses = self.objective(self.model, part)
-                # divided by the targets of the whole batch: parts with unequal targets weigh as they should
-                parts = [
-                    value * (losses.weights.get(name, 1.0) / counts[name])
-                    for name, value in losses.sums.items()
-                    if counts[name]
-                ]
-                loss = torch.stack(parts).sum()
-            loss.backward()
-            total += float(loss.detach())
-        return total
+        with _explain_no_memory(self.config, batch):
+            for number, part in enumerate(parts, 1):
+                with synchronised(self.task, last=number == len(parts)):
+                    with autocast(self.precision, self.processes.device.type):
+                        loss = self.task(part, scales)
+                    loss.backward()
+                total += float(loss.detach())
+        return total / world
 
-    def _skip(self, progress: Progress, loss: float, norm: float) -> None:
+    def _skip(self, loss: float, norm: float, batch: Batch) -> None:
         self.optimizers.clear()
         self.position.skipped += 1
         self._skipped_in_a_row += 1
-        progress.say(f"step {self.position.step + 1}: loss {loss}, gradient {norm}: not finite, step skipped")
-        if self._skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
+        self.progress.say(
+            f"step {self.position.step + 1:,}: loss {loss}, gradient {norm}: not finite, step skipped"
+            f"{self._named(batch)}"
+        )
+        if self._skipped_in_a_row >= self.config.max_skipped:
+            self.checkpoints.wait()
             raise TrainingError(
-                f"The gradient was not finite in {_MOST_SKIPPED_IN_A_ROW} steps in a row.",
+                f"The gradient was not finite in {self._skipped_in_a_row} steps in a row (max_skipped).",
                 "Lower learning_rate and matrix_learning_rate; the last good checkpoint is kept.",
             )
 
-    def _hooks(self, progress: Progress) -> None:
+    def _tell_spike(self, loss: float, batch: Batch) -> None:
+        numbers = _origins(batch)
+        self.log.write(step=self.position.step, spike=round(loss, 5), documents=numbers[:64])
+        self.progress.say(
+            f"step {self.position.step:,}: the loss jumped to {loss:.3f} (it was {self.watch.usual:.3f})"
+            f"{self._named(batch)}"
+        )
+
+    def _named(self, batch: Batch) -> str:
+        """Which documents a batch holds, in words."""
+        numbers = _origins(batch)
+        if not numbers:
+            return ""
+        shown = numbers[:_NAMED_DOCUMENTS]
+        names = self.hooks.name_documents(shown) if self.hooks.name_documents else list(map(str, shown))
+        more = f" and {len(numbers) - len(shown):,} more" if len(numbers) > len(shown) else ""
+        return f"; its documents: {', '.join(names)}{more}"
+
+    def _hooks(self) -> None:
         config, position = self.config, self.position
         if self.hooks.validate and (position.step % config.validate_every == 0 or self.finished):
-            figures = self.hooks.validate(self.model)
+            with gathered(self.task):
+                figures = self.hooks.validate(self.model)
             self.log.write(
                 step=position.step, seconds=round(position.seconds, 2), tokens=position.tokens, **figures
             )
             shown = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
-            progress.say(f"  step {position.step:>6,}  {shown}  {self.note}")
+            self.progress.say(f"  step {position.step:>6,}  {shown}  {self.note}")
+            self._keep_best(figures)
         if self.hooks.sample and (position.step % config.sample_every == 0 or self.finished):
-            self.model.eval()  # no dropout in what is shown, and no random numbers taken from training
-            self.hooks.sample(self.model, position.step)
+            self.model.eval()  # no dropout in what is shown
+            with gathered(self.task):
+                self.hooks.sample(self.model, position.step)
             self.model.train()
 
+    def _keep_best(self, figures: dict[str, float]) -> None:
+        loss = self.processes.as_first_says(figures.get("validation_loss"))
+        best = self.position.best_loss
+        if self.config.keep_best and loss is not None and (best is None or loss < best):
+            self.position.best_loss, self.position.best_step = loss, self.position.step
+            self.checkpoints.save_best(self.position)
+
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, beside training."""
         self.log.flush()
-        save_checkpoint(self.folder / "checkpoints", self.model, self.optimizers, self.position)
+        self.checkpoints.save(self.position)
         self._last_save = time.perf_counter()
+
+    def finish(self) -> TrainResult:
+        """The end of the run: the model in its final state, no checkpoints."""
+        position = self.position
+        if position.best_loss is not None:
+            self.checkpoints.load_best()
+        self.model.eval()
+        self.log.close()
+        self.checkpoints.remove()
+        return TrainResult(
+            position.step,
+            position.tokens,
+            position.seconds,
+            self.watch.smooth,
+            position.skipped,
+            self.precision,
+            position.best_step,
+            position.best_loss,
+        )
+
+
+def _seed_step(seed: int, step: int, rank: int) -> None:
+    """Random numbers of a step (dropout) follow from where the run stands: nothing to store or restore."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+def _origins(batch: Batch) -> list[int]:
+    if batch.origins is None:
+        return []
+    return [int(number) for number in np.unique(batch.origins) if number >= 0]
+
+
+class _explain_no_memory:
+    """Says what to change when a step does not fit."""
+
+    def __init__(self, config: TrainConfig, batch: Batch) -> None:
+        self._config, self._batch = config, batch
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        said = str(error)
+        full = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+        if not full and not (isinstance(error, RuntimeError) and "can't allocate memory" in said):
+            return
+        rows, length = self._batch.tokens.shape
+        rows = self._config.micro_rows or rows
+        raise TrainingError(
+            f"Out of memory in a step: {rows} rows of {length} tokens at once are too much.",
+            f"Set micro_rows = {max(1, rows // 2)} (the result stays the same, a step takes a little longer), "
+            "a smaller row_length, or a smaller model. 'lexmill pretrain --plan' tells what a run needs.",
+        ) from error
 
 
 class _graceful_interrupt:

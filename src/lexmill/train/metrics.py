@@ -14,13 +14,15 @@ from lexmill.files import atomic_write, explain_os_errors
 class MetricsLog:
     """Appends figures; after a resume the lines of steps that will be done again are dropped."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | None) -> None:
+        self.path = path  # None: nothing is written, as in all processes of a run but the first
         self._file: Any = None
         self._flushed = time.perf_counter()
 
     def resume(self, step: int) -> None:
         """Keep the lines up to `step` and open the file for more."""
+        if self.path is None:
+            return
         kept = [line for line in read_metrics(self.path) if line.get("step", 0) <= step] if step else []
         with atomic_write(self.path, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
@@ -29,6 +31,8 @@ class MetricsLog:
 
     def write(self, **figures: Any) -> None:
         """Append one line; it reaches the disk within a second or so."""
+        if self.path is None:
+            return
         with explain_os_errors(self.path, "write"):
             self._file.write(json.dumps(figures) + "\n")
             if time.perf_counter() - self._flushed > 1:
@@ -36,7 +40,8 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Hand all lines to the system."""
-        self._file.flush()
+        if self._file is not None:
+            self._file.flush()
         self._flushed = time.perf_counter()
 
     def close(self) -> None:

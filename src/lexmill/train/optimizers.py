@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lexmill.model.spreading import placed_like, whole
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_JUDGES = 0.1  # times AdamW's rate, for heads that judge a whole text
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, "Muon"
 
 
@@ -40,12 +43,13 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
                 updates = torch.stack(
-                    [self._momentum(parameter, group["momentum"]) for parameter in parameters]
+                    [whole(self._momentum(parameter, group["momentum"])) for parameter in parameters]
                 )
                 updates = orthogonalise(updates.to(self.dtype)).float()
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, update in zip(parameters, updates):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(placed_like(update, parameter), alpha=-scale)
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         assert parameter.grad is not None
@@ -74,12 +78,18 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def _is_hidden(parameter: Tensor, name: str) -> bool:
-    """Whether a parameter maps hidden states to hidden states or to classes, not from or to a vocabulary."""
-    return (
-        parameter.dim() == 2
-        and not name.endswith(("embed.weight", "relative.weight"))
-        and name != "head.weight"
-    )
+    """Whether a parameter maps hidden states to hidden states: not a vocabulary, not a judge."""
+    others = ("embed.weight", "relative.weight", "head.weight")
+    return parameter.dim() == 2 and not name.endswith(others) and not _is_judge(name)
+
+
+def _is_judge(name: str) -> bool:
+    """Whether a parameter belongs to what judges a whole text.
+
+    AdamW moves every weight by its rate, whatever the gradient says, and the few labels of a step
+    say little: at the rate of embeddings these weights walk at random (docs/decisions.md).
+    """
+    return name.startswith(("pooler.", "nsp."))
 
 
 class OptimizerSet:
@@ -102,9 +112,17 @@ class OptimizerSet:
         matrices = [p for p, name in self._names.items() if kind == "muon" and _is_hidden(p, name)]
         chosen = set(matrices)
         rest = [p for p in self._names if p not in chosen]
-        decayed = [p for p in rest if p.dim() >= 2]
-        plain = [p for p in rest if p.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = [
+            {
+                "params": [
+                    p for p in rest if _is_judge(self._names[p]) == judge and (p.dim() >= 2) == decayed
+                ],
+                "lr": learning_rate * (_JUDGES if judge else 1.0),
+                "weight_decay": weight_decay if decayed else 0.0,
+            }
+            for judge in (False, True)
+            for decayed in (True, False)
+        ]
         groups = [group for group in groups if group["params"]]
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=True)
@@ -134,27 +152,37 @@ class OptimizerSet:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def state(self) -> dict[str, np.ndarray]:
-        """All state as arrays named "PARAMETER/KEY"."""
+    def tensors(self) -> dict[str, Tensor]:
+        """All state as tensors named "PARAMETER/KEY"; those of this process where it is spread over many."""
         return {
-            f"{self._names[parameter]}/{key}": torch.as_tensor(value).detach().cpu().numpy()
+            f"{self._names[parameter]}/{key}": value
             for optimizer in self.optimizers
             for parameter, values in optimizer.state.items()
             for key, value in values.items()
         }
 
-    def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """Take up the state that `state` gave for the same model."""
-        parameters = {name: parameter for parameter, name in self._names.items()}
-        owner = {
-            p: optimizer
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-            for p in group["params"]
-        }
+    def begin_state(self) -> None:
+        """Fill the state as it is before the first step, for what is read to go into."""
         for optimizer in self.optimizers:
-            optimizer.state.clear()
-        for key, array in arrays.items():
-            name, _, field = key.rpartition("/")
-            parameter = parameters[name]
-            owner[parameter].state[parameter][field] = torch.from_numpy(np.array(array))
+            kept = ("momentum",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    state = {key: torch.zeros_like(parameter, requires_grad=False) for key in kept}
+                    if not isinstance(optimizer, Muon):
+                        state["step"] = torch.zeros((), device=parameter.device)
+                    optimizer.state[parameter] = state
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All state as arrays named "PARAMETER/KEY"."""
+        return {name: value.detach().cpu().numpy() for name, value in self.tensors().items()}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take up the state that `state` gave for the same model.
+
+        What had none, because it never had a gradient, begins as it would have begun.
+        """
+        self.begin_state()
+        tensors = self.tensors()
+        for name, array in arrays.items():
+            value = torch.from_numpy(np.array(array)).to(tensors[name].device)
+            tensors[name].copy_(placed_like(value, tensors[name]))

@@ -1,0 +1,57 @@
+"""What every training run can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lexmill.errors import ConfigError
+from lexmill.train.parallel import Sharding
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and how to train. Exactly one of `steps`, `tokens`, `minutes` is the budget."""
+
+    steps: int | None = None
+    tokens: int | None = None
+    minutes: float | None = None
+    rows: int = 16  # rows of `context` tokens in a step
+    micro_rows: int | None = None  # rows computed at once; all of them when not given
+    optimizer: Literal["muon", "adamw"] = "muon"
+    learning_rate: float = 3e-3  # of AdamW
+    matrix_learning_rate: float = 0.02  # of Muon
+    weight_decay: float = 0.0
+    warmup: int = 10  # steps
+    decay: float = 0.4  # fraction of the run, at its end
+    clip: float = 1.0  # largest norm of the gradient
+    seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    validate_every: int = 100  # steps
+    sample_every: int = 200  # steps
+    checkpoint_seconds: float = 15.0
+    keep_last: int = 2  # checkpoints
+    keep_best: bool = False  # end with the weights of the lowest validation loss, not with the last ones
+    max_skipped: int = 10  # steps in a row without a finite gradient, then training stops
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False  # torch.compile, on GPUs
+    sharding: Sharding = (
+        "replicate"  # with several processes: a copy of the model in each, or a part ("shard")
+    )
+
+    def __post_init__(self) -> None:
+        budgets = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]
+        if len(budgets) != 1:
+            raise ConfigError(
+                f"exactly one of 'steps', 'tokens' and 'minutes' must be set, not {len(budgets)}.",
+                "Remove the others, or set one.",
+            )
+        if getattr(self, budgets[0]) <= 0:
+            raise ConfigError(f"'{budgets[0]}' must be positive.")
+        for name in ("rows", "validate_every", "sample_every", "keep_last", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"'{name}' must be at least 1.")
+        if self.micro_rows is not None and not 1 <= self.micro_rows <= self.rows:
+            raise ConfigError(f"'micro_rows' must lie between 1 and 'rows' ({self.rows}).")
+        if not 0 < self.decay <= 1:
+            raise ConfigError("'decay' must lie in (0, 1].")

@@ -1,0 +1,122 @@
+"""One run on one process or on many (torch.distributed, started by torchrun)."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lexmill.errors import ConfigError, TrainingError
+
+T = TypeVar("T")
+# Others wait while the first process prepares data or trains a tokenizer, which can take hours.
+_PATIENCE = datetime.timedelta(days=2)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train one model together.
+
+    Attributes:
+        rank: which one this is, from 0.
+        world: how many there are.
+        device: where this one computes.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def join(cls, device: str = "auto") -> Processes:
+        """Meet the other processes that torchrun started, if it did; else be the only one.
+
+        Args:
+            device: "auto" takes a GPU where torch can use one.
+
+        Raises:
+            ConfigError: a device that is not there.
+        """
+        chosen = _device(device)
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world == 1:
+            return cls(device=chosen)
+        if not dist.is_initialized():
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=_PATIENCE)
+        return cls(dist.get_rank(), dist.get_world_size(), chosen)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes files and speaks."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.world > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process runs the block before all others do: it makes files that they only open."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def sums(self, *values: float) -> list[float]:
+        """Each value added up over all processes."""
+        if self.world == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def as_first_says(self, value: T) -> T:
+        """What the first process has for `value`."""
+        if self.world == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    @contextlib.contextmanager
+    def explain_loss_of_others(self) -> Iterator[None]:
+        """Say in plain words that another process ended, where torch speaks of sockets."""
+        try:
+            yield
+        except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
+            said = str(error).lower()
+            if self.world == 1 or not any(
+                word in said for word in ("closed by peer", "reset by peer", "gloo", "nccl")
+            ):
+                raise
+            raise TrainingError(
+                f"Process {self.rank} of {self.world} lost the others: one of them was stopped or failed.",
+                "Its own message tells why. The same command goes on from the last checkpoint, "
+                "with as many processes or with another number.",
+            ) from error
+
+
+def _device(asked: str) -> torch.device:
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    if asked != "cuda":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch finds no GPU.", "Set device = 'cpu' or 'auto'.")
+    if local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"There are more processes on this machine than its {torch.cuda.device_count()} GPUs.",
+            "Start as many with torchrun --nproc-per-node.",
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
