@@ -7,6 +7,7 @@ second; a training step pays for one append to a list.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import sys
@@ -51,7 +52,9 @@ class _Resizable(Live):
 
     def __init__(self, view: _View, console: Console) -> None:
         self._view = view
-        super().__init__(console=console, refresh_per_second=REDRAWN, transient=True, get_renderable=self._next)
+        super().__init__(
+            console=console, refresh_per_second=REDRAWN, transient=True, get_renderable=self._next
+        )
 
     def _next(self) -> _View:
         width, drawn = self.console.width, self._view.drawn
@@ -192,7 +195,7 @@ def resampled(values: Sequence[float], count: int) -> list[float]:
     """`count` values for any number of them: means where there are more, straight lines where there are fewer."""
     if len(values) >= count:
         edges = [place * len(values) // count for place in range(count + 1)]
-        return [sum(values[low:high]) / (high - low) for low, high in zip(edges, edges[1:])]
+        return [sum(values[low:high]) / (high - low) for low, high in itertools.pairwise(edges)]
     found = []
     for place in range(count):
         at = place * (len(values) - 1) / max(count - 1, 1)

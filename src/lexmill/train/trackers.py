@@ -20,7 +20,9 @@ from lexmill.progress import SILENT, Progress
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 PROJECT = "lexmill"
-IDENTITY = "tracking.json"  # in a run's folder: by which name services know it, so that a resume goes on there
+IDENTITY = (
+    "tracking.json"  # in a run's folder: by which name services know it, so that a resume goes on there
+)
 
 
 class Tracker(Protocol):
