@@ -16,7 +16,7 @@ def report(
         typer.Argument(
             help="A run directory, such as runs/quickstart; several are compared. To compare, "
             "a folder that 'lexmill pretrain' or 'finetune' writes is a run too.",
-            metavar="RUN...",
+            metavar="RUN",
         ),
     ],
     out: Annotated[

@@ -14,7 +14,7 @@ from lexmill.recipe.markup import as_words
 
 AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds of training"}
 MOST_MARKS = 60  # of a run, drawn on its curve; the table below has more
-_NAMED_DOCUMENTS = 8
+_NAMED_DOCUMENTS = 6
 _LARGEST_READ = 200_000_000  # bytes of documents that are searched for names
 
 # What is drawn of each training: the figure, the label of the axis, digits, whether the axis begins at 0,
@@ -149,7 +149,7 @@ def _document_names(run: Path, wanted: set[int]) -> Mapping[int, str]:
             texts = (one for one in read_documents(path) if one.kind == "text" and one.text)
             for number, document in enumerate(texts):
                 if number in wanted:
-                    found[number] = document.source or document.id
+                    found[number] = "/".join(document.source.split("/")[-2:]) or document.id
                 if number >= max(wanted):
                     break
     return found

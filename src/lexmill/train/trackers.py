@@ -117,8 +117,10 @@ class Trackio:
         self._run.log(dict(figures), step=step)
 
     def close(self) -> None:
+        import trackio
+
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            self._run.finish()
+            trackio.finish()  # the run's own `finish` would be called once more as Python ends, with a word on it
 
 
 _TRACKERS: dict[TrackerName, type[TensorBoard] | type[WandB] | type[Trackio]] = {
@@ -157,11 +159,10 @@ class Trackers:
         """Hand on a line of `metrics.jsonl`: its numbers, under the names that trackers group them by."""
         if not self._trackers:
             return
-        figures = {
-            grouped(name): float(value)
-            for name, value in line.items()
-            if name != "step" and isinstance(value, (int, float))
-        }
+        numbers = {name: float(value) for name, value in line.items() if isinstance(value, (int, float))}
+        validation = {name: value for name, value in numbers.items() if name.startswith("validation_")}
+        # a line of validation repeats tokens and seconds of its step's own line
+        figures = {grouped(name): value for name, value in (validation or numbers).items() if name != "step"}
         for kind, tracker in list(self._trackers.items()):
             with self._switched_off_on_failure(kind):
                 tracker.log(line["step"], figures)
