@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
 
@@ -37,6 +37,9 @@ class Task:
         self.done += amount
         if note is not None:
             self.note = note
+
+    def figures(self, line: Mapping[str, Any]) -> None:
+        """Take what was measured at a step ("step" and figures by name), for a view that shows it; others don't."""
 
     @property
     def rate(self) -> float:

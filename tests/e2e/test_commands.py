@@ -161,6 +161,44 @@ def test_models_write_and_answer(finished):
     assert json.loads(saved.read_text())["messages"][0] == {"role": "user", "content": "Hello"}
 
 
+def test_runs_are_compared_and_a_plain_folder_is_a_run_too(finished, tmp_path):
+    out, _ = finished
+    plain = tmp_path / "plain"
+    done = lexmill(
+        *("pretrain", out / "prepare", "--tokenizer", out / "tokenizer", "--out", plain, "--steps", 6),
+        *("--set", "rows=2", "--set", "model.width=32", "--set", "model.layers=1", "--set", "model.heads=2"),
+        *("--set", "model.context=64", "--set", 'track=["tensorboard"]'),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tensorboard --logdir" in done.stderr and list((plain / "tensorboard").glob("events.*"))
+    compared = lexmill("report", out, plain, cwd=tmp_path)
+    assert compared.returncode == 0 and compared.stdout == "written to compare.html\n", compared.stderr
+    page = (tmp_path / "compare.html").read_text("utf-8")
+    assert "tiny and plain" in page and "pretrain.model.width" in page
+    told = json.loads(lexmill("report", out, plain, "--json", cwd=out).stdout)
+    rows = [(row["run"], row["stage"], row["steps"]) for row in told["runs"]]
+    assert rows == [("tiny", "pretrain", 30), ("plain", "pretrain", 6), ("tiny", "finetune", 20)]
+    assert told["differences"]["pretrain.steps"] == {"tiny": 30, "plain": 6}
+    assert not (out / "compare.html").exists()
+    for wrong, said in (
+        ((out, out), "given twice"),
+        ((out, tmp_path), "there is no metrics.jsonl"),
+        ((out, tmp_path / "nothing"), "there is no such folder"),
+    ):
+        refused = lexmill("report", *wrong, cwd=tmp_path)
+        assert refused.returncode == 2 and said in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_who_watches_may_change_without_a_step_being_done_again(recipe, finished):
+    out, _ = finished
+    plan = lexmill(
+        "run", recipe, "--out", out, "--dry-run", "--json", "--set", 'pretrain.track=["tensorboard"]'
+    )
+    assert all(one["done"] for one in json.loads(plan.stdout))
+    wrong = lexmill("run", recipe, "--out", out, "--dry-run", "--set", 'pretrain.track=["nothing"]')
+    assert wrong.returncode == 2 and "is not a choice" in wrong.stderr
+
+
 def blocks(page, language):
     """The code blocks of a page in a language, comments cut off."""
     found = re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S)

@@ -114,6 +114,8 @@ def test_torch_and_transformers_stay_in_their_rooms():
         "lexmill.runtimes.verify",
         "lexmill.recipe.run",
         "lexmill.recipe.report",
+        "lexmill.recipe.compare",
+        "lexmill.cli.live",
     ],
 )
 def test_these_start_without_torch(module):

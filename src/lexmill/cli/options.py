@@ -42,12 +42,16 @@ def console(stderr: bool = False) -> Any:
 
 
 def make_progress(quiet: bool = False) -> Progress:
-    """A live bar on a terminal, plain lines in a pipe, nothing with --quiet."""
-    from lexmill.progress import SILENT, PlainProgress, TerminalProgress
+    """A live view on a terminal, plain lines in a pipe, nothing with --quiet."""
+    from lexmill.progress import SILENT, PlainProgress
 
     if quiet:
         return SILENT
-    return TerminalProgress(console(stderr=True)) if sys.stderr.isatty() else PlainProgress()
+    if not sys.stderr.isatty():
+        return PlainProgress()
+    from lexmill.cli.live import LiveProgress
+
+    return LiveProgress(console(stderr=True))
 
 
 def print_json(value: Any) -> None:

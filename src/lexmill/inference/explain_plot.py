@@ -54,7 +54,9 @@ def plot_view(
     fonts, warning = _fonts("".join([*rows, *columns, caption]))
     side = 0.42 if len(columns) <= MOST_NUMBERS else 0.2
     # long names of columns stand upright above the picture
-    upright = 0.085 * max(map(len, columns), default=0) if side > 0.3 else 0.06 * max(map(len, columns), default=0)
+    upright = (
+        0.085 * max(map(len, columns), default=0) if side > 0.3 else 0.06 * max(map(len, columns), default=0)
+    )
     size = (max(3.6, 1.6 + side * len(columns)), max(2.6, 1.5 + upright + side * len(rows)))
     figure = figure_class(figsize=size, layout="constrained")
     axes = figure.add_subplot()

@@ -17,6 +17,7 @@ from lexmill.recipe.steps import STEP_KINDS, STEP_PACKAGES
 
 RECORD = "step.json"
 WORK = ".work"
+_WATCHING = ("track",)  # settings that decide nothing: who watches may change while a run goes on
 REDO = "redo.json"  # in WORK: the steps that `--from` asked for and that have not run since
 
 
@@ -82,7 +83,7 @@ def make_plan(recipe: Recipe, run: Path, start: str | None = None) -> list[Plann
         kind = STEP_KINDS[step]
         record = read_record(run, step)
         parts = {
-            "recipe": recipe.tables[step],
+            "recipe": {key: value for key, value in recipe.tables[step].items() if key not in _WATCHING},
             "code": code_version(kind.rooms),
             "packages": {name: _version(name) for name in STEP_PACKAGES.get(step, ())},
             "inputs": _inputs(recipe, run, step),
@@ -126,8 +127,12 @@ def _hash_of(path: str, *state: int) -> str:
 
 
 def _is_log(path: str) -> bool:
-    """Files that hold times: they differ from run to run and decide nothing."""
-    return Path(path).name in ("metrics.jsonl", "result.json", "verify.json", "samples.jsonl")
+    """Files that hold times, or are for those who watch: they differ from run to run and decide nothing."""
+    if {"tensorboard", "wandb"} & set(Path(path).parts[:-1]):
+        return True
+    return Path(path).name in (
+        "metrics.jsonl", "result.json", "training.json", "tracking.json", "verify.json", "samples.jsonl",
+    )  # fmt: skip
 
 
 def _raw_files(recipe: Recipe) -> dict[str, str]:

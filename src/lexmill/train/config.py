@@ -7,6 +7,7 @@ from typing import Literal
 
 from lexmill.errors import ConfigError
 from lexmill.train.parallel import Sharding
+from lexmill.train.trackers import TrackerName, require_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class TrainConfig:
     sharding: Sharding = (
         "replicate"  # with several processes: a copy of the model in each, or a part ("shard")
     )
+    track: tuple[TrackerName, ...] = ()  # who else gets the figures; each needs the extra of its name
 
     def __post_init__(self) -> None:
         budgets = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]
@@ -55,3 +57,4 @@ class TrainConfig:
             raise ConfigError(f"'micro_rows' must lie between 1 and 'rows' ({self.rows}).")
         if not 0 < self.decay <= 1:
             raise ConfigError("'decay' must lie in (0, 1].")
+        require_trackers(self.track)  # a missing package shows now, not after preparing data

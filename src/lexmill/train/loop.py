@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from lexmill.config import to_mapping
 from lexmill.errors import TrainingError
+from lexmill.files import write_json
 from lexmill.model.spreading import whole
 from lexmill.progress import SILENT, Progress
 from lexmill.train.batches import Batch, Loader
@@ -29,6 +31,7 @@ from lexmill.train.parallel import Task, gathered, own_parts, spread, synchronis
 from lexmill.train.precision import autocast, choose_precision
 from lexmill.train.processes import Processes
 from lexmill.train.schedule import learning_rate_factor
+from lexmill.train.trackers import tracking
 from lexmill.train.watch import LossWatch
 
 # A budget in minutes becomes a number of steps after so many; the first ones are slow and do not count.
@@ -74,7 +77,8 @@ def train(
 ) -> TrainResult:
     """Train `model` in place, going on from the newest checkpoint in `folder` if there is one.
 
-    `folder` receives `metrics.jsonl` and, while the run lasts, `checkpoints/`. A run that was
+    `folder` receives `training.json` (what the run was told), `metrics.jsonl` and, while the run
+    lasts, `checkpoints/`. A run that was
     killed and started again gives bit for bit the weights of one that was not (same machine, same
     number of threads and processes; with another number of processes the data come in the same order).
 
@@ -89,13 +93,27 @@ def train(
     processes = processes or Processes.join(config.device)
     if not processes.first:
         progress = SILENT
+    facts = {
+        "stage": label,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "processes": processes.world,
+        "settings": to_mapping(config),
+    }
     model.train()
     run = _Run(model, objective, loader, config, folder, hooks or Hooks(), processes, progress)
     with processes.explain_loss_of_others():
         run.resume()
-        with progress.task(
-            label, config.minutes * 60 if config.minutes else run.position.total_steps, run.unit
-        ) as task:
+        facts["precision"] = run.precision
+        if processes.first:
+            write_json(folder / "training.json", facts)
+        track = config.track if processes.first else ()
+        with (
+            tracking(track, folder, run.position.step, facts, progress) as trackers,
+            progress.task(
+                label, config.minutes * 60 if config.minutes else run.position.total_steps, run.unit
+            ) as task,
+        ):
+            run.log.listeners += [task.figures, trackers.log]
             task.advance(run.position.seconds if config.minutes else run.position.step)
             task.started -= run.position.seconds
             with _graceful_interrupt() as interrupted:
@@ -265,6 +283,7 @@ class _Run:
         self.optimizers.clear()
         self.position.skipped += 1
         self._skipped_in_a_row += 1
+        self.log.write(step=self.position.step + 1, skipped=1, documents=_origins(batch)[:64])
         self.progress.say(
             f"step {self.position.step + 1:,}: loss {loss}, gradient {norm}: not finite, step skipped"
             f"{self._named(batch)}"

@@ -1,10 +1,13 @@
-"""`metrics.jsonl`: one JSON object a line, whole even after a run was killed and went on."""
+"""`metrics.jsonl`: one JSON object a line, whole even after a run was killed and went on.
+
+Whoever else wants a run's figures as they come (the terminal, trackers) listens to this log.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ class MetricsLog:
         self.path = path  # None: nothing is written, as in all processes of a run but the first
         self._file: Any = None
         self._flushed = time.perf_counter()
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []  # each is called with every line
 
     def resume(self, step: int) -> None:
         """Keep the lines up to `step` and open the file for more."""
@@ -37,6 +41,8 @@ class MetricsLog:
             self._file.write(json.dumps(figures) + "\n")
             if time.perf_counter() - self._flushed > 1:
                 self.flush()
+        for listener in self.listeners:
+            listener(figures)
 
     def flush(self) -> None:
         """Hand all lines to the system."""
