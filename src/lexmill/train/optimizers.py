@@ -77,10 +77,10 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-def _is_hidden(parameter: Tensor, name: str) -> bool:
+def is_hidden(name: str, dimensions: int) -> bool:
     """Whether a parameter maps hidden states to hidden states: not a vocabulary, not a judge."""
     others = ("embed.weight", "relative.weight", "head.weight")
-    return parameter.dim() == 2 and not name.endswith(others) and not _is_judge(name)
+    return dimensions == 2 and not name.endswith(others) and not _is_judge(name)
 
 
 def _is_judge(name: str) -> bool:
@@ -109,7 +109,7 @@ class OptimizerSet:
         self._names: dict[Any, str] = {
             parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad
         }
-        matrices = [p for p, name in self._names.items() if kind == "muon" and _is_hidden(p, name)]
+        matrices = [p for p, name in self._names.items() if kind == "muon" and is_hidden(name, p.dim())]
         chosen = set(matrices)
         rest = [p for p in self._names if p not in chosen]
         groups = [

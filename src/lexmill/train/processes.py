@@ -43,7 +43,7 @@ class Processes:
         Raises:
             ConfigError: a device that is not there.
         """
-        chosen = _device(device)
+        chosen = find_device(device)
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world == 1:
             return cls(device=chosen)
@@ -105,7 +105,12 @@ class Processes:
             ) from error
 
 
-def _device(asked: str) -> torch.device:
+def find_device(asked: str) -> torch.device:
+    """Where this process computes: "auto" takes a GPU where torch can use one.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
