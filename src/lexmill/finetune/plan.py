@@ -12,9 +12,9 @@ from lexmill.finetune.chat import chat_example
 from lexmill.finetune.stage import FinetuneConfig
 from lexmill.model.config import ModelConfig
 from lexmill.tokenizer.tokenizer import Tokenizer
-from lexmill.train.batches import IGNORED
 from lexmill.train.causal import causal_loss
 from lexmill.train.cost import Row
+from lexmill.train.examples import IGNORED
 from lexmill.train.forecast import CALIBRATION_SECONDS, Data, Forecast, forecast
 
 _SAMPLE = 200  # conversations that are tokenized

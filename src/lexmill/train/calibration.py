@@ -16,9 +16,10 @@ from lexmill.devices import give_back_freed_memory, resident_memory
 from lexmill.errors import TrainingError
 from lexmill.model.build import build_model
 from lexmill.model.config import ModelConfig
-from lexmill.train.batches import IGNORED, Batch
+from lexmill.train.batches import Batch
 from lexmill.train.config import TrainConfig
 from lexmill.train.cost import Row, process_memory, row_flops
+from lexmill.train.examples import IGNORED
 from lexmill.train.objective import Objective
 from lexmill.train.optimizers import OptimizerSet
 from lexmill.train.parallel import Task
