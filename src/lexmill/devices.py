@@ -120,6 +120,16 @@ def threads() -> int:
     return int(value) if value.isdigit() and int(value) > 0 else usable_cores()
 
 
+def process_count() -> int:
+    """How many processes run this command together: torchrun's WORLD_SIZE, else 1."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def process_rank() -> int:
+    """Which of them this one is, from 0: torchrun's RANK."""
+    return int(os.environ.get("RANK") or 0)
+
+
 def wait_briefly() -> None:
     """Make waiting threads give up their core soon. Call before torch is imported.
 

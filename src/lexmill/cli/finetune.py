@@ -23,6 +23,7 @@ def finetune(
     """Fine-tune on conversations, with the loss on the replies only. Interrupted, the same command goes on."""
     begin_computing()
     from lexmill.config import apply_overrides, from_mapping
+    from lexmill.devices import process_rank
     from lexmill.finetune.stage import FinetuneConfig
     from lexmill.finetune.stage import finetune as run_finetune
     from lexmill.inference.language_model import find_model
@@ -35,6 +36,8 @@ def finetune(
     directory, result = run_finetune(
         config, base, documents, out, reply=answer_question, progress=make_progress(quiet or json)
     )
+    if process_rank():
+        return  # the first process speaks for all
     if json:
         print_json({**vars(result), "model": str(directory.path)})
     else:

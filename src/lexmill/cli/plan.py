@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import typer
 
 from lexmill.cli.options import console, print_json
+from lexmill.devices import process_count, process_rank
 
 _BILLION = 1e9
 
 
 def planned_processes(asked: int | None) -> int | None:
     """How many processes to plan for: so many, else those that torchrun started; None in all of these but the first."""
-    if int(os.environ.get("RANK") or 0) > 0:
-        return None
-    return asked or int(os.environ.get("WORLD_SIZE") or 1)
+    return None if process_rank() else asked or process_count()
 
 
 def show_plans(forecasts: dict[str, Any], json: bool) -> None:

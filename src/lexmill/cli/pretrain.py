@@ -45,6 +45,7 @@ def pretrain(
     """
     begin_computing()
     from lexmill.config import apply_overrides, from_mapping
+    from lexmill.devices import process_rank
     from lexmill.errors import ConfigError
     from lexmill.pretrain.stage import PretrainConfig
     from lexmill.pretrain.stage import pretrain as run_pretrain
@@ -71,6 +72,8 @@ def pretrain(
         sample=continue_text,
         progress=make_progress(quiet or json),
     )
+    if process_rank():
+        return  # the first process speaks for all
     if json:
         print_json({**vars(result), "model": str(directory.path)})
     else:

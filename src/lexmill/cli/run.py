@@ -36,6 +36,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe: only the steps that must run; interrupted, the same command goes on."""
+    from lexmill.devices import process_rank
     from lexmill.errors import ConfigError
     from lexmill.recipe import run as recipe_run
     from lexmill.recipe.config import read_recipe
@@ -58,6 +59,8 @@ def run(
                 typer.echo(f"{one.step:<10} {one.reason or 'done'}")
         return
     plan = recipe_run.run(read, out, start=start, progress=make_progress(quiet))
+    if process_rank():
+        return  # the first process speaks for all
     if json:
         print_json(_records(folder))
         return

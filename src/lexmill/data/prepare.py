@@ -7,9 +7,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lexmill.data.card import data_card
 from lexmill.data.cleaning import normalise, unwrap_paragraphs
@@ -67,6 +67,8 @@ class PrepareConfig:
         sources: where raw files lie.
         validation_fraction: the expected share of documents (of chats: of first questions) for
             validation, in [0, 1).
+        validation: "documents" holds out whole documents, drawn by their hash; "end" holds out the end
+            of each text, for texts that are one long document.
         seed: another seed gives another split.
         min_characters: shorter texts are dropped.
         root: the folder that relative paths start from, itself relative to the recipe's folder or, if
@@ -76,10 +78,15 @@ class PrepareConfig:
     sources: tuple[SourceConfig, ...]
     root: str = ""
     validation_fraction: float = 0.05
+    validation: Literal["documents", "end"] = "documents"
     seed: int = 0
     min_characters: int = 1
 
     def __post_init__(self) -> None:
+        if self.validation == "end" and any(source.kind == "chat" for source in self.sources):
+            raise ConfigError(
+                "validation = 'end' cuts texts in two, but there are chats.", "Use validation = 'documents'."
+            )
         if not self.sources:
             raise ConfigError(
                 "There are no sources to prepare.", "Name at least one file, folder or pattern."
@@ -154,7 +161,10 @@ def prepare(
     out, base = Path(out), Path(base)
     refuse_foreign_folder(out, FILES)
     gathered = _gather(config, base, progress)
-    splits = split_by_kind(gathered.kept, config.seed, config.validation_fraction)
+    if config.validation == "end":
+        splits = split_at_end(gathered.kept, config.validation_fraction)
+    else:
+        splits = split_by_kind(gathered.kept, config.seed, config.validation_fraction)
     counts = {name: _count(splits[name]) for name in SPLITS}
     dropped = dict(sorted(Counter(entry["reason"] for entry in gathered.dropped).items()))
     manifest = {
@@ -193,6 +203,23 @@ def split_by_kind(
     splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
     for document in documents:
         splits[chosen[group_key(document)]].append(document)
+    return splits
+
+
+def split_at_end(documents: Iterable[Document], validation_fraction: float) -> dict[str, list[Document]]:
+    """Cut each text in two: its first characters for training, the last `validation_fraction` for validation.
+
+    A text too short for two parts stays whole, for training.
+    """
+    splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
+    for document in documents:
+        text = document.text or ""
+        cut = round(len(text) * (1 - validation_fraction))
+        parts = {"train": text[:cut], "validation": text[cut:]}
+        if not all(parts.values()):
+            parts = {"train": text}
+        for name, part in parts.items():
+            splits[name].append(replace(document, id=document_id(part, None), text=part))
     return splits
 
 

@@ -1,4 +1,4 @@
-"""How weights begin. A good beginning saves a small model hundreds of steps; figures stand in docs/decisions.md."""
+"""How weights begin, and which learn more slowly: it saves small models hundreds of steps (docs/decisions.md)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from lexmill.model.positions import relative_bucket
 
 # What writes into the residual stream: begins at zero.
 _WRITERS = ("attention.out.weight", "cross.out.weight", "mlp.down.weight")
+# Heads that judge a whole text.
+JUDGES = ("pooler.", "nsp.")
 _FARTHEST = -8.0  # the lowest position bias: next to nothing, but still within reach of learning
 
 
@@ -48,6 +50,20 @@ def _deviation(name: str, weight: Tensor, config: ModelConfig) -> float:
     deviation = weight.shape[1] ** -0.5
     unscaled = not config.scale_scores and name.endswith(".q.weight")
     return deviation * config.head_width**-0.5 if unscaled else deviation
+
+
+def rate_factor(name: str, config: ModelConfig) -> float:
+    """What the learning rate of a parameter is multiplied by.
+
+    Optimisers move weights by their rate, however small weights and gradients are. Queries whose
+    scores are not divided by sqrt(head_width) begin that much smaller instead, and must move that
+    much slower. What judges whole texts has few labels a step, and walks at random at full rate.
+    """
+    if name.startswith(JUDGES):
+        return 0.1
+    if not config.scale_scores and name.endswith(".q.weight"):
+        return config.head_width**-0.5
+    return 1.0
 
 
 def _begin_learned_positions(parameters: Mapping[str, Tensor], config: ModelConfig) -> None:

@@ -18,6 +18,7 @@ from lexmill.files import (
     write_json,
 )
 from lexmill.progress import SILENT, Progress, format_duration
+from lexmill.recipe import together
 from lexmill.recipe.config import Recipe, read_recipe, to_toml
 from lexmill.recipe.plan import (
     REDO,
@@ -50,7 +51,8 @@ def run(
             call goes on with them, with or without `start`.
 
     Returns:
-        The plan that was carried out. A step whose `reason` is empty was done already.
+        The plan that was carried out. A step whose `reason` is empty was done already. Empty in all
+        processes but the first, where torchrun started several.
 
     Raises:
         LexmillError: whatever a step found wrong. What was finished stays, and the same call goes on.
@@ -60,6 +62,17 @@ def run(
     folder = run_directory(recipe, out)
     if start is not None and start not in recipe.steps:
         raise ConfigError(f"There is no step '{start}'.", f"Steps are {', '.join(recipe.steps)}.")
+    if together.is_follower():
+        _compute_settings()
+        together.follow(recipe)
+        return []
+    try:
+        return _run(recipe, folder, start, progress)
+    finally:
+        together.dismiss()
+
+
+def _run(recipe: Recipe, folder: Path, start: str | None, progress: Progress) -> list[Planned]:
     with exclusive_lock(folder / ".lock", f"the run {folder}"):
         first = make_plan(recipe, folder, start)
         waiting = [planned for planned in first if planned.reason]
@@ -135,7 +148,7 @@ def _run_step(recipe: Recipe, folder: Path, planned: Planned, progress: Progress
         "recipe": recipe.name,
         "data_sha256": _data_hash(folder),
     }
-    figures = kind.make(Place(folder, work, recipe, progress, lineage))
+    figures = together.make(step, Place(folder, work, recipe, progress, lineage))
     seconds = time.perf_counter() - started
     record_path(folder, step).unlink(missing_ok=True)
     outputs: dict[str, Any] = {}

@@ -186,7 +186,9 @@ class _Run:
         total = position.total_steps or 1 << 30
         batch = self.loader.next(total - position.step - 1 if position.total_steps else None)
         _seed_step(config.seed, position.step, self.processes.rank)
-        loss, told = self.processes.sums(self._gradients(batch), float(interrupted))
+        loss, told, due = self.processes.sums(
+            self._gradients(batch), float(interrupted), float(self.processes.first and self._save_is_due())
+        )
         norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)))
         factor = learning_rate_factor(position.step, total, config.warmup, config.decay)
         if math.isfinite(loss) and math.isfinite(norm):
@@ -216,12 +218,13 @@ class _Run:
         if config.minutes and not position.total_steps:
             self._calibrate(config.minutes * 60)
         self._hooks()
-        due = time.perf_counter() - self._last_save >= config.checkpoint_seconds
-        if self.processes.world > 1:  # sharded checkpoints are written by all at once
-            due = bool(self.processes.as_first_says(due))
-        if due and position.total_steps and not self.finished and not self.checkpoints.busy:
+        if due and position.total_steps and not self.finished:
             self.save()
         return told > 0
+
+    def _save_is_due(self) -> bool:
+        waited = time.perf_counter() - self._last_save
+        return waited >= self.config.checkpoint_seconds and not self.checkpoints.busy
 
     def _calibrate(self, budget_seconds: float) -> None:
         """Turn a budget in seconds into a number of steps, once; a checkpoint remembers it."""

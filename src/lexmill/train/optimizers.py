@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lexmill.model.beginning import JUDGES, rate_factor
 from lexmill.model.spreading import placed_like, whole
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_JUDGES = 0.1  # times AdamW's rate, for heads that judge a whole text
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, "Muon"
 
 
@@ -25,7 +25,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
@@ -78,18 +78,9 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def is_hidden(name: str, dimensions: int) -> bool:
-    """Whether a parameter maps hidden states to hidden states: not a vocabulary, not a judge."""
+    """Whether a parameter maps hidden states to hidden states: not a vocabulary, not a judge of whole texts."""
     others = ("embed.weight", "relative.weight", "head.weight")
-    return dimensions == 2 and not name.endswith(others) and not _is_judge(name)
-
-
-def _is_judge(name: str) -> bool:
-    """Whether a parameter belongs to what judges a whole text.
-
-    AdamW moves every weight by its rate, whatever the gradient says, and the few labels of a step
-    say little: at the rate of embeddings these weights walk at random (docs/decisions.md).
-    """
-    return name.startswith(("pooler.", "nsp."))
+    return dimensions == 2 and not name.endswith(others) and not name.startswith(JUDGES)
 
 
 class OptimizerSet:
@@ -97,7 +88,7 @@ class OptimizerSet:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,  # one of the shapes: its configuration tells which weights learn more slowly
         *,
         kind: str,
         learning_rate: float,
@@ -109,27 +100,27 @@ class OptimizerSet:
         self._names: dict[Any, str] = {
             parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad
         }
-        matrices = [p for p, name in self._names.items() if kind == "muon" and is_hidden(name, p.dim())]
-        chosen = set(matrices)
-        rest = [p for p in self._names if p not in chosen]
+        muon: dict[float, list[nn.Parameter]] = {}
+        adamw: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for parameter, name in self._names.items():
+            factor = rate_factor(name, model.config)
+            if kind == "muon" and is_hidden(name, parameter.dim()):
+                muon.setdefault(factor, []).append(parameter)
+            else:
+                adamw.setdefault((factor, parameter.dim() >= 2), []).append(parameter)
         groups = [
-            {
-                "params": [
-                    p for p in rest if _is_judge(self._names[p]) == judge and (p.dim() >= 2) == decayed
-                ],
-                "lr": learning_rate * (_JUDGES if judge else 1.0),
-                "weight_decay": weight_decay if decayed else 0.0,
-            }
-            for judge in (False, True)
-            for decayed in (True, False)
+            {"params": params, "lr": learning_rate * factor, "weight_decay": weight_decay if matrix else 0.0}
+            for (factor, matrix), params in adamw.items()
         ]
-        groups = [group for group in groups if group["params"]]
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=True)
         ]
-        if matrices:
+        if muon:
+            hidden = [
+                {"params": params, "lr": matrix_learning_rate * factor} for factor, params in muon.items()
+            ]
             self.optimizers.append(
-                Muon(matrices, lr=matrix_learning_rate, weight_decay=weight_decay, dtype=_DTYPES[precision])
+                Muon(hidden, lr=matrix_learning_rate, weight_decay=weight_decay, dtype=_DTYPES[precision])
             )
         self._base = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 

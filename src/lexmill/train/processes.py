@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from lexmill.devices import process_count
 from lexmill.errors import ConfigError, TrainingError
 
 T = TypeVar("T")
@@ -44,12 +46,12 @@ class Processes:
             ConfigError: a device that is not there.
         """
         chosen = find_device(device)
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if world == 1:
+        if process_count() == 1:
             return cls(device=chosen)
         if not dist.is_initialized():
             backend = "nccl" if chosen.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=_PATIENCE)
+            atexit.register(_leave)
         return cls(dist.get_rank(), dist.get_world_size(), chosen)
 
     @property
@@ -103,6 +105,11 @@ class Processes:
                 "Its own message tells why. The same command goes on from the last checkpoint, "
                 "with as many processes or with another number.",
             ) from error
+
+
+def _leave() -> None:
+    with contextlib.suppress(Exception):  # others may be gone already
+        dist.destroy_process_group()
 
 
 def find_device(asked: str) -> torch.device:

@@ -1,0 +1,99 @@
+"""Trains a tiny model on fixed documents, alone or under torchrun; `test_processes.py` looks at what it leaves.
+
+python tests/train_together.py FOLDER [family=bert] [sharding=shard] [kill=STEP] [steps=12] ...
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lexmill.errors import LexmillError
+from lexmill.model.build import build_model
+from lexmill.pretrain.masked import FOLLOWS, masked_loss
+from lexmill.pretrain.shape import ShapeConfig
+from lexmill.train.batches import Loader
+from lexmill.train.causal import causal_loss, sequence_loss
+from lexmill.train.config import TrainConfig
+from lexmill.train.examples import IGNORED, Example, next_token_example
+from lexmill.train.loop import train
+from lexmill.train.processes import Processes
+
+VOCABULARY = 97
+
+
+def examples(family: str, epoch: int) -> list[Example]:
+    """Documents of unequal lengths, so that packing, masks and weights by targets all matter."""
+    random = np.random.default_rng([5, epoch])
+    made = []
+    for number, length in enumerate((20, 31, 7, 15, 30, 26, 12, 9, 22, 5, 17)):
+        ids = random.integers(0, VOCABULARY, length)
+        if family == "llama":
+            made.append(next_token_example(ids, origin=number))
+            continue
+        targets = np.where(random.random(length) < 0.3, ids, IGNORED)
+        targets[0] = ids[0]
+        if family == "bert":
+            segments = (np.arange(length) > length // 2).astype(np.int64)
+            label = FOLLOWS + number % 2 if number < 3 else IGNORED  # most rows have no pair
+            made.append(Example(ids, targets, segments, label=label, origin=number))
+        else:
+            written = ids[: length // 2]
+            made.append(Example(ids, written, decoder_tokens=np.r_[0, written[:-1]], origin=number))
+    return made
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    options = dict(argument.split("=", 1) for argument in sys.argv[2:])
+    family, kill = options.pop("family", "llama"), int(options.pop("kill", 0))
+    dropout = float(options.pop("dropout", 0))
+    values = {
+        name: json.loads(value) if value[0] in "0123456789tfn{" else value for name, value in options.items()
+    }
+    config = TrainConfig(
+        **{"steps": 12, "rows": 3, "micro_rows": 1, "warmup": 3, "precision": "float32", "seed": 3}
+        | {"checkpoint_seconds": 0.0, "clip": 1.0}
+        | values
+    )
+    torch.set_num_threads(1)
+    heads = {"mlm": True, "mlm_bias": True, "pooler": True, "nsp": True} if family == "bert" else {}
+    shape = ShapeConfig(family=family, width=32, layers=2, heads=2, context=32, dropout=dropout)
+    model = build_model(shape.with_vocabulary(VOCABULARY, **heads))
+    model.initialise(0)
+    loss = {"llama": causal_loss, "bert": masked_loss, "t5": sequence_loss}[family]
+    processes = Processes.join("cpu")
+    steps = 0
+
+    def objective(model, batch):
+        nonlocal steps
+        steps += 1
+        if kill and processes.rank == processes.world - 1 and steps > kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss(model, batch)
+
+    written = 20 if family == "t5" else 0
+    loader = Loader(
+        lambda epoch: examples(family, epoch),
+        rows=config.rows,
+        length=32,
+        pad_id=0,
+        seed=3,
+        decoder_length=written,
+    )
+    try:
+        train(model, objective, loader, config, folder, processes=processes)
+    except LexmillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    weights = model.weights()
+    if processes.first:
+        np.savez(folder / "weights.npz", **weights)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Several processes train one model (gloo): the same curve, a death that all notice, a resume on any number."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lexmill.train.batches import pack
+from lexmill.train.examples import IGNORED, next_token_example
+from lexmill.train.parallel import own_parts
+from lexmill.train.processes import Processes
+
+SCRIPT = Path(__file__).parents[1] / "train_together.py"
+
+
+def run(folder, count, *options, fails=False):
+    """Train in `count` processes; returns losses, weights, and what was said."""
+    start = [sys.executable]
+    if count > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [*start, str(SCRIPT), str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    if fails:
+        return [], {}, done.stderr
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    with np.load(folder / "weights.npz") as file:
+        weights = {name: file[name] for name in file.files}
+    return [line["loss"] for line in lines if "loss" in line], weights, done.stderr
+
+
+def close(one, other, tolerance):
+    return all(np.abs(one[name] - other[name]).max() < tolerance for name in one)
+
+
+def same(one, other):
+    return all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "family, sharding", [("llama", "replicate"), ("llama", "shard"), ("bert", "replicate"), ("t5", "shard")]
+)
+def test_two_processes_give_the_curve_of_one(family, sharding, tmp_path):
+    options = (f"family={family}", f"sharding={sharding}")
+    alone, weights, _ = run(tmp_path / "one", 1, *options)
+    together, shared, _ = run(tmp_path / "two", 2, *options)
+    assert len(alone) == len(together) == 12
+    assert np.allclose(alone, together, atol=2e-4)
+    assert close(weights, shared, 5e-3)  # Muon makes small differences of a gradient's direction larger
+
+
+@pytest.mark.parametrize("sharding", ["replicate", "shard"])
+def test_a_process_that_dies_stops_all_and_the_run_goes_on(sharding, tmp_path):
+    options = (f"sharding={sharding}", "dropout=0.1", "micro_rows=2")
+    _, whole, _ = run(tmp_path / "whole", 2, *options)
+    _, _, said = run(tmp_path / "killed", 2, *options, "kill=7", fails=True)
+    assert "lost the others" in said and "The same command goes on" in said
+    assert any((tmp_path / "killed" / "checkpoints").glob("step-*/state.json"))
+    _, again, _ = run(tmp_path / "killed", 2, *options)
+    assert same(whole, again)
+
+
+@pytest.mark.parametrize("sharding", ["replicate", "shard"])
+def test_another_number_of_processes_goes_on_in_the_same_order(sharding, tmp_path):
+    options = (f"sharding={sharding}",)
+    losses, whole, _ = run(tmp_path / "whole", 1, *options)
+    run(tmp_path / "moved", 2, *options, "kill=12", fails=True)
+    found, again, _ = run(tmp_path / "moved", 1, *options)
+    assert np.allclose(losses, found, atol=2e-4)
+    assert close(whole, again, 5e-3)
+
+
+@pytest.mark.parametrize("rows, world, micro", [(5, 2, 2), (3, 4, None), (8, 3, 1), (1, 2, None)])
+def test_every_row_is_taken_once(rows, world, micro):
+    random = np.random.default_rng(0)
+    made = [next_token_example(random.integers(0, 97, 33)) for _ in range(rows)]
+    batch = pack(made, 32, 0)
+    taken, parts = [], set()
+    for rank in range(world):
+        own = own_parts(batch, Processes(rank, world, torch.device("cpu")), micro)
+        parts.add(len(own))
+        for part in own:
+            taken += [
+                tuple(row) for row, targets in zip(part.tokens, part.targets) if (targets != IGNORED).any()
+            ]
+    assert len(parts) == 1  # as many in each: they meet at the end of the last
+    assert sorted(taken) == sorted(map(tuple, batch.tokens))
+    assert (batch.targets != IGNORED).all()  # a row that stands in is a copy
