@@ -117,8 +117,9 @@ def lexmill(text: str, seconds: float) -> dict:
     from lexmill.model.build import build_model
     from lexmill.pretrain.stage import PretrainConfig
     from lexmill.recipe.config import read_recipe
-    from lexmill.train.batches import Loader, next_token_example
+    from lexmill.train.batches import Loader
     from lexmill.train.causal import causal_loss
+    from lexmill.train.examples import next_token_example
     from lexmill.train.loop import train
 
     recipe: PretrainConfig = read_recipe(RECIPE).table("pretrain")

@@ -38,11 +38,10 @@ def config():
 
 
 def flops_per_step(tokens: int) -> float:
-    """Multiply-adds counted as two: 6 a weight in matrices a token, and attention's two products."""
-    shape = config()
-    matrices = shape.parameters - shape.width * (2 * shape.layers + 1)
-    attention = 12 * shape.layers * shape.width * LENGTH / 2  # causal: half of it
-    return tokens * (6 * matrices + attention)
+    """Multiply-adds counted as two, forward and back (`lexmill.train.cost`)."""
+    from lexmill.train.cost import Row, row_flops
+
+    return row_flops(config(), Row(LENGTH, LENGTH)).total * tokens / LENGTH
 
 
 def our_side(optimizer: str):

@@ -16,9 +16,10 @@ from lexmill.errors import LexmillError
 from lexmill.model.build import build_model
 from lexmill.pretrain.masked import FOLLOWS, masked_loss
 from lexmill.pretrain.shape import ShapeConfig
-from lexmill.train.batches import IGNORED, Example, Loader, next_token_example
+from lexmill.train.batches import Loader
 from lexmill.train.causal import causal_loss, sequence_loss
 from lexmill.train.config import TrainConfig
+from lexmill.train.examples import IGNORED, Example, next_token_example
 from lexmill.train.loop import train
 from lexmill.train.processes import Processes
 

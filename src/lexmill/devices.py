@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -66,6 +67,44 @@ def this_machine() -> Machine:
         features=tuple(name for name in _INTERESTING if name in flags),
         memory_bytes=memory,
     )
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: what the system has free, or what is left of a container's limit.
+
+    0 where that cannot be told.
+    """
+    free = 0
+    if (path := Path("/proc/meminfo")).is_file():
+        fields = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+        free = int(fields.get("MemAvailable", "0").split()[0]) * 1024
+    root = Path("/sys/fs/cgroup")
+    for limit, used in (
+        (root / "memory.max", root / "memory.current"),
+        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            left = int(limit.read_text()) - int(used.read_text())
+        except (OSError, ValueError):  # another version of control groups, or "max": no limit
+            continue
+        free = min(free, left) if free else left
+    return max(free, 0)
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc return what is free to the system, where there is glibc; undoes `keep_freed_memory` for once."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def usable_cores() -> int:

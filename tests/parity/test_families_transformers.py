@@ -255,7 +255,8 @@ def test_cached_steps_equal_recomputation(tmp_path):
 @pytest.mark.parametrize("case", ["bert for pretraining", "modernbert", "t5 1.1", "qwen3"])
 def test_a_pair_of_packed_rows_equals_each_text_alone(case, tmp_path):
     """Documents that share a row do not see each other, in any shape."""
-    from lexmill.train.batches import Example, pack
+    from lexmill.train.batches import pack
+    from lexmill.train.examples import Example
 
     reference = theirs(case)
     reference.save_pretrained(tmp_path)

@@ -6,7 +6,7 @@ import pytest
 from lexmill.errors import DataError
 from lexmill.finetune.chat import chat_example, fit
 from lexmill.finetune.stage import Replay, join_conversations
-from lexmill.train.batches import IGNORED
+from lexmill.train.examples import IGNORED
 
 
 def targets_text(example, tokenizer):

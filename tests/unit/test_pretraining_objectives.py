@@ -13,17 +13,21 @@ from lexmill.pretrain.masked import (
     ELSEWHERE,
     FOLLOWS,
     MaskingConfig,
+    _cut,
+    _fit,
+    _Texts,
     masked_examples,
     masked_loss,
     ordinary_tokens,
 )
-from lexmill.pretrain.sentences import split_sentences, tokenize_sentences
+from lexmill.pretrain.sentences import FlatSentences, split_sentences, tokenize_sentences
 from lexmill.pretrain.shape import ShapeConfig
 from lexmill.pretrain.spans import SpanConfig, corrupt, plan_rows, plan_text
 from lexmill.pretrain.stage import PretrainConfig, pretrain
 from lexmill.tokenizer.training import TokenizerConfig, train_tokenizer
-from lexmill.train.batches import IGNORED, pack
+from lexmill.train.batches import pack
 from lexmill.train.cross_entropy import linear_cross_entropy
+from lexmill.train.examples import IGNORED
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +128,63 @@ def test_pairs_are_half_true_and_false_ones_come_from_other_documents(sentences,
             assert not both[0] & both[1]
 
 
+def test_flat_sentences_are_those_of_the_documents(sentences):
+    for split in sentences.values():
+        flat = split.flat()
+        expected = [(index, ids, more) for index in range(len(split)) for ids, more in split[index]]
+        assert flat.documents.tolist() == [index for index, _, _ in expected]
+        assert flat.sizes.tolist() == [len(ids) for _, ids, _ in expected]
+        assert (flat.ids == np.concatenate([ids for _, ids, _ in expected])).all()
+        assert (flat.continues == np.concatenate([more for _, _, more in expected])).all()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=8), min_size=1, max_size=8),
+    room=st.integers(4, 30),
+)
+def test_texts_are_as_full_as_the_row_allows(sizes, room):
+    """Against a plain loop: sentences in order, a new text where the next one has no room."""
+    flat = np.array([size for document in sizes for size in document])
+    owner = np.repeat(np.arange(len(sizes)), [len(document) for document in sizes])
+    ids = np.arange(flat.sum())
+    found = _cut(FlatSentences(ids, np.zeros(len(ids), bool), flat, owner), room, False, None)
+    expected, place = [], 0
+    for document in sizes:
+        texts = [0]
+        for size in document:
+            for piece in [room] * (size // room) + [size % room] * (size % room > 0):
+                if texts[-1] and texts[-1] + piece > room:
+                    texts.append(0)
+                texts[-1] += piece
+        for text in texts:
+            expected.append((place, text))
+            place += text
+    assert list(zip(found.first.tolist(), found.first_size.tolist())) == expected
+    assert not found.second_size.any()
+
+
+@pytest.mark.parametrize("length", [8, 9, 20])
+def test_the_longer_part_of_a_pair_is_cut(length):
+    both = np.array([(a, b) for a in range(1, 30) for b in range(1, 30)])
+    zero, label = np.zeros(len(both), np.int64), np.full(len(both), ELSEWHERE)
+    texts = _Texts(zero, both[:, 0].copy(), zero, both[:, 1].copy(), label, zero)
+    _fit(texts, length)
+    for (a, b), first, second in zip(both.tolist(), texts.first_size.tolist(), texts.second_size.tolist()):
+        while a + b > length - 3:
+            a, b = (a - 1, b) if a > b else (a, b - 1)
+        assert (first, second) == (a, b)
+
+
 def test_pairs_need_two_documents(sentences, wordpiece):
     class One:
-        def __len__(self):
-            return 1
-
-        def __getitem__(self, index):
-            return sentences["train"][index]
+        def flat(self):
+            flat = sentences["train"].flat()
+            few = int((flat.documents == 0).sum())
+            tokens = int(flat.sizes[:few].sum())
+            return FlatSentences(
+                flat.ids[:tokens], flat.continues[:tokens], flat.sizes[:few], flat.documents[:few]
+            )
 
     with pytest.raises(DataError, match="two documents"):
         masked_examples(One(), wordpiece, MaskingConfig(), 64, (0, 0, 3))
@@ -162,7 +216,22 @@ def test_chinese_words_are_hidden_whole(tmp_path):
 def test_spans_keep_every_token_and_the_planned_lengths(raw, share, mean, seed):
     plan = plan_text(raw, SpanConfig(share=share, mean=mean))
     ids, sentinels = np.arange(1000, 1000 + raw), np.arange(500, 500 + plan.gaps)[::-1].copy()
-    example = corrupt(ids, plan, sentinels, 1, 0, np.random.default_rng(seed))
+    # two other texts around it, so that nothing runs over into a neighbour
+    others = [
+        plan_text(2, SpanConfig(share=share, mean=mean)),
+        plan_text(9, SpanConfig(share=share, mean=mean)),
+    ]
+    plans = [others[0], plan, others[1]]
+    texts = np.concatenate([np.full(2, 7), ids, np.full(9, 8)])
+    if len(sentinels) < others[1].gaps:
+        sentinels = np.arange(500, 500 + others[1].gaps)[::-1].copy()
+    raw, removed, gaps = (
+        np.array([getattr(one, name) for one in plans]) for name in ("raw", "removed", "gaps")
+    )
+    examples = corrupt(texts, raw, removed, gaps, sentinels, 1, 0, np.random.default_rng(seed))
+    for one, which in zip((examples[0], examples[2]), others):
+        assert (len(one.tokens), len(one.targets)) == (which.read, which.written)
+    example, sentinels = examples[1], sentinels[: plan.gaps]
     assert len(example.tokens) == plan.read
     assert len(example.targets) == len(example.decoder_tokens) == plan.written
     assert example.tokens[-1] == example.targets[-1] == 1

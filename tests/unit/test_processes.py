@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lexmill.train.batches import IGNORED, next_token_example, pack
+from lexmill.train.batches import pack
+from lexmill.train.examples import IGNORED, next_token_example
 from lexmill.train.parallel import own_parts
 from lexmill.train.processes import Processes
 

@@ -12,13 +12,15 @@ from lexmill.errors import FileError, TrainingError
 from lexmill.model.config import ModelConfig
 from lexmill.model.decoder import Decoder
 from lexmill.progress import Progress
-from lexmill.train.batches import IGNORED, Batch, Example, Loader, next_token_example, pack
+from lexmill.train.batches import Batch, Loader, pack
 from lexmill.train.causal import causal_loss
 from lexmill.train.config import TrainConfig
+from lexmill.train.examples import IGNORED, Example, Examples, choose_of_each, next_token_example, windows
 from lexmill.train.loop import Hooks, _Run, train
 from lexmill.train.metrics import read_metrics
 from lexmill.train.objective import Losses, measure
 from lexmill.train.optimizers import orthogonalise
+from lexmill.train.packing import best_fit
 from lexmill.train.schedule import learning_rate_factor
 
 SHAPE = ModelConfig(
@@ -55,6 +57,87 @@ def test_packing_keeps_every_example_whole(lengths):
                 found.append((tuple(batch.tokens[row][at]), tuple(batch.targets[row][at])))
     assert sorted(found) == sorted((tuple(e.tokens), tuple(e.targets)) for e in examples)
     assert batch.counts["tokens"] == sum(lengths)
+
+
+def plain_best_fit(sizes, rooms):
+    """One after the other, the longest first, each into the fullest row that holds it; what each row holds."""
+    rows, held = [], []
+    for size, other in sorted(sizes, reverse=True):
+        fitting = [row for row, (left, decoder) in enumerate(rows) if left >= size and decoder >= other]
+        if fitting:
+            row = min(fitting, key=lambda row: rows[row])
+        else:
+            rows.append(rooms)
+            held.append([])
+            row = len(rows) - 1
+        rows[row] = (rows[row][0] - size, rows[row][1] - other)
+        held[row].append((size, other))
+    return sorted(held)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 24), st.integers(1, 12)), min_size=1, max_size=60),
+    decoder=st.booleans(),
+)
+def test_rows_are_those_of_plain_best_fit(sizes, decoder):
+    if not decoder:
+        sizes = [(size, 0) for size, _ in sizes]
+    rooms = (24, 12 if decoder else 0)
+    first, second = np.array(sizes).T
+    row, number, start, decoder_start = best_fit(first, rooms, second if decoder else None)
+    held = [[] for _ in range(row.max() + 1)]
+    for index in np.lexsort((number, row)):
+        members = held[row[index]]
+        assert number[index] == len(members)
+        assert start[index] == sum(size for size, _ in members)
+        assert decoder_start[index] == sum(other for _, other in members)
+        members.append(sizes[index])
+    for members in held:
+        assert all(sum(side) <= room for side, room in zip(zip(*members), rooms))
+    assert sorted(held) == plain_best_fit(sizes, rooms)
+
+
+def test_flat_examples_are_the_same_examples():
+    random = np.random.default_rng(0)
+    examples = [
+        Example(
+            random.integers(0, 9, n), random.integers(0, 9, m), np.arange(n) % 2, random.integers(0, 9, m), n % 3, n
+        )
+        for n, m in ((3, 2), (5, 1), (1, 4))
+    ]  # fmt: skip
+    flat = Examples.of(examples)
+    assert len(flat) == 3 and Examples.of(flat) is flat
+    for ours, one in zip([*flat[:2], flat[-1]], examples):
+        assert (ours.label, ours.origin) == (one.label, one.origin)
+        for name in ("tokens", "targets", "segments", "decoder_tokens"):
+            assert (getattr(ours, name) == getattr(one, name)).all()
+    with pytest.raises(IndexError):
+        flat[3]
+
+
+def test_of_each_group_exactly_so_many_are_chosen_and_all_equally_often():
+    sizes, wanted = np.array([4, 1, 0, 7, 5]), np.array([2, 1, 0, 7, 0])
+    random = np.random.default_rng(0)
+    hits = np.zeros(sizes.sum())
+    for _ in range(3000):
+        chosen = choose_of_each(sizes, wanted, random)
+        assert np.add.reduceat(chosen, [0, 4, 5, 12]).tolist() == [2, 1, 7, 0]
+        hits += chosen
+    assert np.abs(hits[:4] / 3000 - 0.5).max() < 0.04
+
+
+@settings(max_examples=80, deadline=None)
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=8), length=st.integers(2, 20), data=st.data())
+def test_windows_cover_each_document_once(sizes, length, data):
+    shift = data.draw(st.integers(0, length - 1))
+    document, begin, size = windows(np.array(sizes), length, shift)
+    assert (size <= length).all() and (size > 0).all()
+    for index, whole in enumerate(sizes):
+        own = document == index
+        assert begin[own].tolist() == [0, *np.cumsum(size[own])[:-1].tolist()] and size[own].sum() == whole
+        if whole > length:
+            assert size[own][0] == length - shift
 
 
 def test_examples_that_do_not_fit_are_refused():

@@ -15,6 +15,19 @@ if TYPE_CHECKING:
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results and errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write; whole or not at all.")]
+OutOrNone = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Where to write; whole or not at all.", show_default=False)
+]
+Plan = Annotated[
+    bool,
+    typer.Option("--plan", help="Only say what it will cost: parameters, operations, memory, disk and time."),
+]
+PlanProcesses = Annotated[
+    int | None,
+    typer.Option(
+        "--processes", metavar="N", min=1, help="With --plan: for so many processes [default: torchrun's]."
+    ),
+]
 Model = Annotated[Path, typer.Argument(help="A model directory or a run directory.", metavar="MODEL")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may repeat.")

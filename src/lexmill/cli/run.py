@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from lexmill.cli.options import Json, Quiet, Set, console, make_progress, print_json
+from lexmill.cli.options import (
+    Json,
+    Plan,
+    PlanProcesses,
+    Quiet,
+    Set,
+    begin_computing,
+    console,
+    make_progress,
+    print_json,
+)
 
 
 def run(
@@ -20,6 +30,8 @@ def run(
     ] = None,
     overrides: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would run, and why.")] = False,
+    plan_only: Plan = False,
+    processes: PlanProcesses = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -34,6 +46,9 @@ def run(
     folder = recipe_run.run_directory(read, out)
     if start is not None and start not in read.steps:
         raise ConfigError(f"There is no step '{start}'.", f"Steps are {', '.join(read.steps)}.")
+    if plan_only:
+        _plan(read, folder, processes, json)
+        return
     if dry_run:
         read.check()
         plan = make_plan(read, folder, start)
@@ -50,6 +65,17 @@ def run(
         print_json(_records(folder))
         return
     _closing_table(folder, all(not one.reason for one in plan), read)
+
+
+def _plan(recipe: Any, folder: Path, processes: int | None, json: bool) -> None:
+    """What the training steps will cost."""
+    from lexmill.cli.plan import planned_processes, show_plans
+    from lexmill.recipe.costs import plan_costs
+
+    world = planned_processes(processes)
+    if world is not None:
+        begin_computing()
+        show_plans(plan_costs(recipe, folder, world), json)
 
 
 def _records(folder: Path) -> dict[str, Any]:

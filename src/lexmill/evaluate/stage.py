@@ -15,8 +15,9 @@ from lexmill.evaluate.gaps import FillCase, fill_scores, pretraining_scores
 from lexmill.finetune.chat import chat_example, fit
 from lexmill.inference.language_model import LanguageModel
 from lexmill.progress import SILENT, Progress
-from lexmill.train.batches import Example, fixed_batches, next_token_example
+from lexmill.train.batches import fixed_batches
 from lexmill.train.causal import causal_loss
+from lexmill.train.examples import Example, next_token_example
 from lexmill.train.objective import measure
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from lexmill.errors import DataError
 from lexmill.tokenizer.special import END_OF_TURN
 from lexmill.tokenizer.tokenizer import Tokenizer
-from lexmill.train.batches import Example, next_token_example
+from lexmill.train.examples import Example, next_token_example
 
 
 def chat_example(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> Example:

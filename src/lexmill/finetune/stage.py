@@ -17,9 +17,10 @@ from lexmill.model.build import build_model
 from lexmill.model.directory import ModelDirectory, write_model_directory
 from lexmill.progress import SILENT, Progress
 from lexmill.tokenizer.tokenizer import Tokenizer
-from lexmill.train.batches import Example, Loader, fixed_batches, next_token_example
+from lexmill.train.batches import Loader, fixed_batches
 from lexmill.train.causal import causal_loss
 from lexmill.train.config import TrainConfig
+from lexmill.train.examples import Example, next_token_example
 from lexmill.train.loop import Hooks, TrainResult, train
 from lexmill.train.metrics import write_samples
 from lexmill.train.objective import measure

@@ -20,8 +20,8 @@ from lexmill.pretrain.sentences import Sentences, tokenize_sentences
 from lexmill.pretrain.spans import SpanConfig, plan_rows, span_examples
 from lexmill.progress import SILENT, Progress
 from lexmill.tokenizer.tokenizer import Tokenizer
-from lexmill.train.batches import Example, next_token_example
 from lexmill.train.causal import causal_loss, sequence_loss
+from lexmill.train.examples import IGNORED, Example, Examples, begins, places, windows
 from lexmill.train.objective import Objective
 
 
@@ -40,8 +40,8 @@ class Lesson:
     """
 
     loss: Objective
-    examples: Callable[[int], list[Example]]
-    validation: list[Example]
+    examples: Callable[[int], Sequence[Example]]
+    validation: Sequence[Example]
     length: int
     pad: int
     training_tokens: int
@@ -62,7 +62,7 @@ def causal_lesson(
     shards = tokenize_documents(documents, tokenizer, out, progress=progress)
     length = config.row_length or shape.context
 
-    def examples(epoch: int) -> list[Example]:
+    def examples(epoch: int) -> Sequence[Example]:
         shift = float(np.random.default_rng([config.seed, epoch, 1]).random()) if epoch else 0.0
         return cut_documents(shards["train"], length, end_of_text, shift)
 
@@ -90,7 +90,7 @@ def masked_lesson(
     if not shape.nsp:
         masking = replace(masking, next_sentence=False)
 
-    def examples(split: Sentences, *seed: int) -> list[Example]:
+    def examples(split: Sentences, *seed: int) -> Sequence[Example]:
         return masked_examples(split, tokenizer, masking, length, (config.seed, *seed))
 
     return Lesson(
@@ -119,7 +119,7 @@ def span_lesson(
     length = config.row_length or shape.context
     full = plan_rows(length, spans)
 
-    def examples(split: str, *seed: int) -> list[Example]:
+    def examples(split: str, *seed: int) -> Sequence[Example]:
         return span_examples(
             shards[split], tokenizer, spans, length, shape.decoder_start, (config.seed, *seed)
         )
@@ -204,18 +204,18 @@ def _texts(path: Path) -> Iterator[Document]:
     return (document for document in read_documents(path) if document.kind == "text" and document.text)
 
 
-def cut_documents(shard: TokenShard, length: int, end_of_text: int, shift: float = 0.0) -> list[Example]:
+def cut_documents(shard: TokenShard, length: int, end_of_text: int, shift: float = 0.0) -> Examples:
     """Each document between two end-of-text tokens, cut into examples of at most `length` tokens.
 
     Args:
         shift: in [0, 1): where the first cut lies, as a part of `length`; another value an epoch
             shows the model other beginnings.
     """
-    examples = []
-    for index in range(len(shard)):
-        ids = np.concatenate([[end_of_text], shard[index].astype(np.int64), [end_of_text]])
-        first = length - int(shift * length) if len(ids) > length + 1 else length
-        starts = [0, *range(first, len(ids) - 1, length)]
-        for start, end in zip(starts, [*starts[1:], len(ids) - 1]):
-            examples.append(next_token_example(ids[start : end + 1], origin=index))
-    return examples
+    sizes = np.diff(np.asarray(shard.offsets)) + 1  # predictions: of each token, and of the end
+    tokens = np.full(int(sizes.sum()), end_of_text, np.int64)
+    targets = tokens.copy()
+    starts = begins(sizes)
+    tokens[places(starts + 1, sizes - 1)] = shard.ids
+    targets[places(starts, sizes - 1)] = shard.ids
+    document, _, lengths = windows(sizes, length, int(shift * length))
+    return Examples(tokens, lengths, targets, np.full(len(lengths), IGNORED, np.int64), document)

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from lexmill.errors import ConfigError, DataError
-from lexmill.pretrain.sentences import Sentences
+from lexmill.pretrain.sentences import FlatSentences, Sentences
 from lexmill.tokenizer.tokenizer import Tokenizer
-from lexmill.train.batches import IGNORED, Batch, Example
+from lexmill.train.batches import Batch
 from lexmill.train.causal import counted
 from lexmill.train.cross_entropy import linear_cross_entropy
+from lexmill.train.examples import IGNORED, Examples, begins, choose_of_each, places
 from lexmill.train.objective import Losses
 
 FOLLOWS, ELSEWHERE = 0, 1  # what the next-sentence head predicts, as in Hugging Face's BERT
@@ -58,84 +59,89 @@ def masked_loss(model: Any, batch: Batch, pair_weight: float = 1.0) -> Losses:
     return losses
 
 
-@dataclass(frozen=True)
-class _Text:
-    """One text or pair before masking: its ids in the frame, its words, its segments and label."""
+@dataclass
+class _Texts:
+    """Texts and pairs of texts before masking: where their parts lie among all tokens; all arrays (texts,).
+
+    Attributes:
+        first, first_size: where the first part begins, and how long it is.
+        second, second_size: likewise; where there is none its size is 0.
+        labels: what the next-sentence head should say.
+        origins: the document; of a pair, the first part's.
+    """
 
     first: np.ndarray
-    first_continues: np.ndarray
-    second: np.ndarray | None = None
-    second_continues: np.ndarray | None = None
-    label: int = IGNORED
-    origin: int = -1  # the document; of a pair, the first part's
+    first_size: np.ndarray
+    second: np.ndarray
+    second_size: np.ndarray
+    labels: np.ndarray
+    origins: np.ndarray
 
 
 def masked_examples(
     sentences: Sentences, tokenizer: Tokenizer, config: MaskingConfig, length: int, seed: tuple[int, ...]
-) -> list[Example]:
+) -> Examples:
     """One pass over all documents, cut to texts of at most `length` tokens and freshly masked.
 
     With `next_sentence`, each text of two sentences or more is cut in two between sentences; of
     half of these pairs the second part is exchanged for one of another document.
     """
     random = np.random.default_rng(seed)
-    texts: list[_Text] = []
-    for index in range(len(sentences)):
-        texts += _cut_document(sentences[index], index, length, config.next_sentence, random)
+    flat = sentences.flat()
+    texts = _cut(flat, length - (3 if config.next_sentence else 2), config.next_sentence, random)
     if config.next_sentence:
         _exchange_seconds(texts, random)
-    return _mask(texts, tokenizer, config, length, random)
+        _fit(texts, length)
+    return _mask(flat, texts, tokenizer, config, random)
 
 
-def _cut_document(
-    sentences: list[tuple[np.ndarray, np.ndarray]],
-    origin: int,
-    length: int,
-    pairs: bool,
-    random: np.random.Generator,
-) -> list[_Text]:
-    """Sentences gathered to texts that fill a row, as pairs where there are two sentences or more."""
-    room = length - (3 if pairs else 2)
-    groups: list[list[tuple[np.ndarray, np.ndarray]]] = [[]]
-    size = 0
-    for ids, continues in sentences:
-        for start in range(0, len(ids), room):  # a sentence longer than a row is cut
-            piece = ids[start : start + room], continues[start : start + room]
-            if groups[-1] and size + len(piece[0]) > room:
-                groups.append([])
-                size = 0
-            groups[-1].append(piece)
-            size += len(piece[0])
-    texts = []
-    for group in groups:
-        if len(group) > 1 and pairs:
-            cut = int(random.integers(1, len(group)))
-            texts.append(_Text(*_join(group[:cut]), *_join(group[cut:]), FOLLOWS, origin))
-        elif group:
-            texts.append(_Text(*_join(group), origin=origin))
-    return texts
+def _cut(flat: FlatSentences, room: int, pairs: bool, random: np.random.Generator) -> _Texts:
+    """Sentences gathered to texts of at most `room` tokens, as pairs where there are two sentences or more."""
+    # a sentence longer than a row is cut
+    count = -(-flat.sizes // room)
+    number = places(np.zeros_like(count), count)
+    sizes = np.minimum(room, np.repeat(flat.sizes, count) - number * room)
+    documents = np.repeat(flat.documents, count)
+    group = _gather(sizes, documents, room)
+    begin, end = group[:-1], group[1:]
+    places_of = np.append(begins(sizes), sizes.sum())  # where a piece begins among all tokens
+    first, stop = places_of[begin], places_of[end]
+    cut, labels = end, np.full(len(begin), IGNORED, np.int64)
+    if pairs:
+        several = end - begin > 1
+        cut = np.where(several, begin + random.integers(1, np.maximum(end - begin, 2)), end)
+        labels[several] = FOLLOWS
+    middle = places_of[cut]
+    return _Texts(first, middle - first, middle, stop - middle, labels, documents[begin])
 
 
-def _join(group: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    if len(group) == 1:
-        return group[0]
-    return np.concatenate([ids for ids, _ in group]), np.concatenate([continues for _, continues in group])
+def _gather(sizes: np.ndarray, documents: np.ndarray, room: int) -> np.ndarray:
+    """Where each text begins among the pieces, and where the last one ends: as full as `room` allows, in order."""
+    ends = np.cumsum(sizes)
+    # the first piece behind a text that begins here: too far, or of another document
+    far = np.searchsorted(ends, ends - sizes + room, side="right")
+    other = np.searchsorted(documents, documents, side="right")
+    following = np.minimum(far, other).tolist()
+    found = [0]
+    while found[-1] < len(sizes):
+        found.append(following[found[-1]])
+    return np.array(found, np.int64)
 
 
-def _exchange_seconds(texts: list[_Text], random: np.random.Generator) -> None:
+def _exchange_seconds(texts: _Texts, random: np.random.Generator) -> None:
     """Give half of the pairs, drawn at random, a second part that comes from another document.
 
     The parts only change places among each other, so that nothing but the meaning tells true
     pairs from false ones: not the length, and not how often a sentence is seen.
     """
-    pairs = np.array([index for index, text in enumerate(texts) if text.second is not None], np.int64)
-    if len({texts[index].origin for index in pairs}) < 2:
+    pairs = np.flatnonzero(texts.labels == FOLLOWS)
+    documents = texts.origins
+    if len(np.unique(documents[pairs])) < 2:
         raise DataError(
             "Next-sentence prediction needs two documents or more with at least two sentences each.",
             "Split the text into documents, or set masking.next_sentence = false.",
         )
     chosen = random.permutation(pairs)[: len(pairs) // 2]
-    documents = np.array([text.origin for text in texts])
     givers = random.permutation(chosen)
     for place in np.flatnonzero(documents[chosen] == documents[givers]):
         # trade with a place where neither side would come from its own document
@@ -149,107 +155,87 @@ def _exchange_seconds(texts: list[_Text], random: np.random.Generator) -> None:
     for place in np.flatnonzero(documents[chosen] == documents[givers]):
         # one document has so many pairs that not all can trade: a part is used twice
         givers[place] = random.choice(pairs[documents[pairs] != documents[chosen[place]]])
-    seconds = [(texts[giver].second, texts[giver].second_continues) for giver in givers]
-    for index, (second, continues) in zip(chosen, seconds):
-        text = texts[index]
-        texts[index] = _Text(text.first, text.first_continues, second, continues, ELSEWHERE, text.origin)
+    texts.second[chosen], texts.second_size[chosen] = texts.second[givers], texts.second_size[givers]
+    texts.labels[chosen] = ELSEWHERE
+
+
+def _fit(texts: _Texts, length: int) -> None:
+    """Cut the longer part at its end until the frame holds both."""
+    first, second = texts.first_size, texts.second_size
+    room = length - 3
+    over = (texts.labels != IGNORED) & (first + second > room)
+    # the longer one takes what the shorter one leaves; where both are long, each has half
+    half = (room + 1) // 2
+    kept = np.where(first > second, np.maximum(room - second, half), np.minimum(first, half))
+    texts.first_size = np.where(over, kept, first)
+    texts.second_size = np.where(over, room - kept, second)
 
 
 def _mask(
-    texts: list[_Text], tokenizer: Tokenizer, config: MaskingConfig, length: int, random: np.random.Generator
-) -> list[Example]:
-    """Frame the texts and hide words of them: all at once, because a pass has many."""
+    flat: FlatSentences,
+    texts: _Texts,
+    tokenizer: Tokenizer,
+    config: MaskingConfig,
+    random: np.random.Generator,
+) -> Examples:
+    """Frame the texts and hide words of them."""
     begin, separator = tokenizer.require_separators()
-    frame = np.array([begin]), np.array([separator])
-    framed, continues, segments, hideable = [], [], [], []
-    for text in texts:
-        first, second = _fit(text, length)
-        parts = [frame[0], first, frame[1]] + ([second, frame[1]] if second is not None else [])
-        framed.append(np.concatenate(parts))
-        inner = np.zeros(len(framed[-1]), bool)
-        inner[1 : 1 + len(first)] = True
-        follow = np.zeros(len(framed[-1]), bool)
-        follow[1 : 1 + len(first)] = text.first_continues[: len(first)]
-        segment = np.zeros(len(framed[-1]), np.int64)
-        if second is not None and text.second_continues is not None:
-            start = len(first) + 2
-            inner[start : start + len(second)] = True
-            follow[start : start + len(second)] = text.second_continues[: len(second)]
-            segment[start:] = 1
-        continues.append(follow)
-        segments.append(segment)
-        hideable.append(inner)
-    sizes = np.array([len(ids) for ids in framed])
-    ids, hidden = _hide(
-        np.concatenate(framed),
-        np.concatenate(hideable),
-        np.concatenate(continues) if config.whole_words else np.zeros(sizes.sum(), bool),
-        np.repeat(np.arange(len(sizes)), sizes),
-        tokenizer,
-        config,
-        random,
+    paired = texts.labels != IGNORED
+    sizes = texts.first_size + texts.second_size + np.where(paired, 3, 2)
+    starts = begins(sizes)
+    seconds = starts + texts.first_size + 2
+    # where each token of a text stands in the frame, and where it comes from
+    inside = np.concatenate([places(starts + 1, texts.first_size), places(seconds, texts.second_size)])
+    source = np.concatenate([places(texts.first, texts.first_size), places(texts.second, texts.second_size)])
+    ids = np.full(sizes.sum(), separator, np.int64)
+    ids[starts] = begin
+    ids[inside] = flat.ids[source]
+    hideable = np.zeros(len(ids), bool)
+    hideable[inside] = True
+    continues = np.zeros(len(ids), bool)
+    if config.whole_words:
+        continues[inside] = flat.continues[source]
+    segments = None
+    if config.next_sentence:
+        segments = np.zeros(len(ids), np.int64)
+        segments[places(seconds[paired], texts.second_size[paired] + 1)] = 1
+    seen, hidden = _hide(ids, hideable, continues, sizes, tokenizer, config, random)
+    return Examples(
+        seen, sizes, np.where(hidden, ids, IGNORED), texts.labels, texts.origins, segments=segments
     )
-    targets = np.where(hidden, np.concatenate(framed), IGNORED)
-    ends = np.cumsum(sizes)
-    return [
-        Example(
-            ids[start:end],
-            targets[start:end],
-            segment if config.next_sentence else None,
-            label=text.label,
-            origin=text.origin,
-        )
-        for start, end, segment, text in zip(ends - sizes, ends, segments, texts)
-    ]
-
-
-def _fit(text: _Text, length: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Both parts, the longer one cut at its end until the frame holds them."""
-    first, second = text.first, text.second
-    if second is None:
-        return first[: length - 2], None
-    over = len(first) + len(second) + 3 - length
-    while over > 0:
-        if len(first) > len(second):
-            take = min(over, max(len(first) - len(second), 1))
-            first = first[: len(first) - take]
-        else:
-            take = min(over, max(len(second) - len(first), 1))
-            second = second[: len(second) - take]
-        over -= take
-    return first, second
 
 
 def _hide(
     ids: np.ndarray,
     hideable: np.ndarray,
     continues: np.ndarray,
-    example: np.ndarray,
+    sizes: np.ndarray,
     tokenizer: Tokenizer,
     config: MaskingConfig,
     random: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hide `share` of the words of each example, at least one; all arrays (n,).
+    """Hide `share` of the words of each example, at least one.
+
+    Args:
+        ids, hideable, continues: (n,), of all examples; a word begins where a token does not continue one.
+        sizes: (examples,) how many tokens are of each.
 
     Returns:
         The ids as the model sees them, and which places are to be predicted.
     """
-    word = np.cumsum(~(continues & hideable)) - 1
-    place = np.flatnonzero(hideable)
-    words, where = np.unique(word[place], return_index=True)
-    owner = example[place][where]
-    # in a random order within each example, the first `share` of its words
-    order = np.lexsort((random.random(len(words)), owner))
-    _, starts, counts = np.unique(owner[order], return_index=True, return_counts=True)
-    rank = np.arange(len(order)) - np.repeat(starts, counts)
-    wanted = np.maximum(1, np.round(config.share * counts)).astype(np.int64)
-    chosen = np.zeros(word.max() + 2 if len(word) else 1, bool)
-    chosen[words[order[rank < np.repeat(wanted, counts)]]] = True
-    hidden = chosen[word] & hideable
-    seen, dice = ids.copy(), random.random(len(ids))
-    seen[hidden & (dice < config.masked)] = tokenizer.require_mask()
-    other = hidden & (dice >= config.masked) & (dice < config.masked + config.replaced)
-    seen[other] = random.choice(ordinary_tokens(tokenizer), int(other.sum()))
+    begin = hideable & ~continues  # a part's first token begins a word, whatever its flag says
+    begin[1:] |= hideable[1:] & ~hideable[:-1]
+    words = np.add.reduceat(begin, begins(sizes), dtype=np.int64) if len(sizes) else sizes
+    wanted = np.maximum(1, np.round(config.share * words)).astype(np.int64)
+    chosen = choose_of_each(words, np.minimum(wanted, words), random)
+    hidden = hideable.copy()
+    hidden[hideable] = chosen[np.cumsum(begin)[hideable] - 1]
+    place = np.flatnonzero(hidden)
+    dice = random.random(len(place))
+    seen = ids.copy()
+    seen[place[dice < config.masked]] = tokenizer.require_mask()
+    other = place[(dice >= config.masked) & (dice < config.masked + config.replaced)]
+    seen[other] = random.choice(ordinary_tokens(tokenizer), len(other))
     return seen, hidden
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,23 @@ def _parts(boundary: re.Pattern[str], text: str) -> list[str]:
     return [part for part in (piece.strip() for piece in boundary.split(text)) if part]
 
 
+@dataclass(frozen=True)
+class FlatSentences:
+    """All sentences of a split, one behind the other.
+
+    Attributes:
+        ids: (tokens,), without separators.
+        continues: (tokens,) booleans: whether a token continues the word of the one before.
+        sizes: (sentences,) tokens of each.
+        documents: (sentences,) which document each is of, ascending.
+    """
+
+    ids: np.ndarray
+    continues: np.ndarray
+    sizes: np.ndarray
+    documents: np.ndarray
+
+
 class Sentences:
     """The tokenized sentences of a split's documents, mapped from disk.
 
@@ -65,6 +83,23 @@ class Sentences:
         cuts = np.flatnonzero(ids == self._separator)
         starts, ends = [0, *(cuts + 1)], [*cuts, len(ids)]
         return [(ids[a:b], continues[a:b]) for a, b in zip(starts, ends) if b > a]
+
+    def flat(self) -> FlatSentences:
+        """The sentences of all documents at once."""
+        ids, offsets = np.asarray(self._ids.ids), np.asarray(self._ids.offsets)
+        separates = ids == self._separator
+        # a sentence begins behind a separator and at the beginning of a document
+        starts = np.union1d(offsets[:-1], np.flatnonzero(separates) + 1)
+        kept_before = np.concatenate([[0], np.cumsum(~separates)])
+        sizes = np.diff(kept_before[np.append(starts, len(ids))])
+        documents = np.searchsorted(offsets, starts, side="right") - 1
+        some = sizes > 0
+        return FlatSentences(
+            ids[~separates].astype(np.int64),
+            np.asarray(self._continues.ids)[~separates].astype(bool),
+            sizes[some],
+            documents[some],
+        )
 
 
 def tokenize_sentences(

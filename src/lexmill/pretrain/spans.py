@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from lexmill.data.shards import TokenShard
 from lexmill.errors import ConfigError
 from lexmill.tokenizer.tokenizer import Tokenizer
-from lexmill.train.batches import Example
+from lexmill.train.examples import IGNORED, Examples, begins, choose_of_each, places, windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,7 @@ def span_examples(
     length: int,
     start: int,
     seed: tuple[int, ...],
-) -> list[Example]:
+) -> Examples:
     """One pass over all documents, in windows that fill a row, with fresh gaps.
 
     Args:
@@ -91,53 +90,105 @@ def span_examples(
     random = np.random.default_rng(seed)
     full = plan_rows(length, config)
     shift = int(random.integers(full.raw)) if len(seed) > 1 and seed[1] else 0
-    end = tokenizer.ids.stop[0]
-    sentinels = np.array(tokenizer.require_sentinels(full.gaps), np.int64)
-    examples = []
-    for index in range(len(shard)):
-        ids = shard[index].astype(np.int64)
-        cuts = [
-            0,
-            *range(full.raw - shift if len(ids) > full.raw else full.raw, len(ids), full.raw),
-            len(ids),
-        ]
-        for begin, stop in itertools.pairwise(cuts):
-            if stop - begin >= 2:
-                plan = full if stop - begin == full.raw else plan_text(stop - begin, config)
-                example = corrupt(ids[begin:stop], plan, sentinels, end, start, random)
-                examples.append(replace(example, origin=index))
-    return examples
-
-
-def corrupt(
-    ids: np.ndarray, plan: Plan, sentinels: np.ndarray, end: int, start: int, random: np.random.Generator
-) -> Example:
-    """Take `plan.removed` tokens out of `ids` (plan.raw,), in `plan.gaps` pieces at random places.
-
-    The encoder reads: text, sentinel 0, text, sentinel 1, …, text, end. The decoder writes:
-    sentinel 0, the first piece, sentinel 1, the second piece, …, end.
-
-    T5's own gaps always reach to the end of a text; here text follows the last one too, so that
-    a sentence with a gap in its middle is nothing new to the model.
-    """
-    left = plan.raw - plan.removed
-    pieces = _parts(plan.removed, plan.gaps, random)
-    texts = _parts(left, min(plan.gaps + 1, left), random)
-    read, written, place = [], [], 0
-    for gap in range(plan.gaps):
-        middle, stop = place + texts[gap], place + texts[gap] + pieces[gap]
-        read += [ids[place:middle], sentinels[gap : gap + 1]]
-        written += [sentinels[gap : gap + 1], ids[middle:stop]]
-        place = stop
-    targets = np.concatenate([*written, [end]])
-    return Example(
-        np.concatenate([*read, ids[place:], [end]]),
-        targets,
-        decoder_tokens=np.concatenate([[start], targets[:-1]]),
+    offsets = np.asarray(shard.offsets)
+    document, begin, raw = windows(np.diff(offsets), full.raw, shift)
+    enough = raw >= 2
+    document, begin, raw = document[enough], begin[enough], raw[enough]
+    ids = np.asarray(shard.ids)[places(offsets[document] + begin, raw)].astype(np.int64)
+    plans = [plan_text(max(size, 2), config) for size in range(full.raw + 1)]
+    return corrupt(
+        ids,
+        raw,
+        np.array([plan.removed for plan in plans])[raw],
+        np.array([plan.gaps for plan in plans])[raw],
+        np.array(tokenizer.require_sentinels(full.gaps), np.int64),
+        tokenizer.ids.stop[0],
+        start,
+        random,
+        origins=document,
     )
 
 
-def _parts(total: int, count: int, random: np.random.Generator) -> np.ndarray:
-    """`count` positive whole numbers whose sum is `total`, all such divisions equally likely."""
-    cuts = np.sort(random.choice(total - 1, count - 1, replace=False)) + 1 if count > 1 else np.zeros(0, int)
-    return np.diff(np.concatenate([[0], cuts, [total]]).astype(np.int64))
+def corrupt(
+    ids: np.ndarray,
+    raw: np.ndarray,
+    removed: np.ndarray,
+    gaps: np.ndarray,
+    sentinels: np.ndarray,
+    end: int,
+    start: int,
+    random: np.random.Generator,
+    origins: np.ndarray | None = None,
+) -> Examples:
+    """Take `removed` tokens out of each text, in `gaps` pieces at random places; all texts at once.
+
+    The encoder reads: text, sentinel 0, text, sentinel 1, …, text, end. The decoder writes:
+    sentinel 0, the first piece, sentinel 1, the second piece, …, end. All divisions into so many
+    pieces are equally likely.
+
+    T5's own gaps always reach to the end of a text; here text follows the last one too, so that
+    a sentence with a gap in its middle is nothing new to the model.
+
+    Args:
+        ids: (sum of raw,) the texts, one behind the other.
+        raw, removed, gaps: (texts,) as in `Plan`.
+        sentinels: at least as many as the most gaps.
+        origins: (texts,) documents.
+    """
+    left = raw - removed
+    stretches = np.minimum(gaps + 1, left)  # of what stays
+    pieces, stays = _divide(removed, gaps, random), _divide(left, stretches, random)
+    # a text is: what stays, a gap, what stays, …; these are the lengths in that order
+    both = gaps + stretches
+    lengths = np.empty(both.sum(), np.int64)
+    gap_at = 2 * places(np.zeros_like(gaps), gaps) + np.repeat(begins(both), gaps) + 1
+    stay_at = 2 * places(np.zeros_like(stretches), stretches) + np.repeat(begins(both), stretches)
+    lengths[gap_at], lengths[stay_at] = pieces, stays
+    is_gap = np.zeros(len(lengths), bool)
+    is_gap[gap_at] = True
+    taken = np.repeat(is_gap, lengths)
+    marks = sentinels[places(np.zeros_like(gaps), gaps)]
+    # the encoder: one sentinel for each gap, and the end behind each text
+    shown = np.where(is_gap, 1, lengths)
+    tokens, read = _with_end(shown, both, end)
+    where = places(read, shown)
+    keeps = np.repeat(~is_gap, shown)
+    tokens[where[keeps]] = ids[~taken]
+    tokens[read[gap_at]] = marks
+    # the decoder: a sentinel before each piece
+    written = pieces + 1
+    targets, at = _with_end(written, gaps, end)
+    targets[at] = marks
+    targets[places(at + 1, pieces)] = ids[taken]
+    sizes = removed + gaps + 1
+    decoder_tokens = np.roll(targets, 1)
+    decoder_tokens[begins(sizes)] = start
+    return Examples(
+        tokens,
+        left + gaps + 1,
+        targets,
+        np.full(len(raw), IGNORED, np.int64),
+        np.full(len(raw), -1, np.int64) if origins is None else origins,
+        decoder_tokens=decoder_tokens,
+        decoder_sizes=sizes,
+    )
+
+
+def _with_end(lengths: np.ndarray, counts: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Room for stretches of these lengths, `counts` of them a text, with `end` behind each text.
+
+    Returns:
+        The array, `end` wherever nothing is put yet, and where each stretch begins in it.
+    """
+    text = np.repeat(np.arange(len(counts)), counts)
+    return np.full(int(lengths.sum()) + len(counts), end, np.int64), begins(lengths) + text
+
+
+def _divide(totals: np.ndarray, counts: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Each total as `counts` positive whole numbers, all such divisions equally likely; (sum of counts,)."""
+    # a division is a choice of the places, behind all but the last thing, where it is cut
+    cut = choose_of_each(totals - 1, counts - 1, random)
+    first = np.zeros(int(totals.sum()), bool)
+    first[begins(totals)] = True
+    first[~first] = cut  # a cut behind thing i is a beginning at thing i + 1
+    return np.diff(np.append(np.flatnonzero(first), len(first)))

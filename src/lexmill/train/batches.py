@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,42 +12,11 @@ import torch
 from torch import Tensor
 
 from lexmill.errors import TrainingError
+from lexmill.train.examples import IGNORED, Example, Examples, places
+from lexmill.train.packing import best_fit
 
-IGNORED = -100  # a target that does not count
 _MAKE_AHEAD = 0.5  # of an epoch: then the next one is made, beside training
-
-
-@dataclass(frozen=True)
-class Example:
-    """One piece of a document; every array has the shape (n,).
-
-    `targets[i]` is what should be predicted at `tokens[i]`, or `IGNORED`; where there are
-    `decoder_tokens` it belongs to those, and `tokens` are what the encoder reads.
-    `segments` tells the two texts of a pair apart, `label` says whether the second does not
-    follow the first (0 follows, 1 does not, `IGNORED` is not asked). `origin` is the number of the
-    document in its split, -1 where there is no single one.
-    """
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    segments: np.ndarray | None = None
-    decoder_tokens: np.ndarray | None = None
-    label: int = IGNORED
-    origin: int = -1
-
-
-def next_token_example(ids: np.ndarray, counts: np.ndarray | None = None, origin: int = -1) -> Example:
-    """Predict each token of `ids` from those before it.
-
-    Args:
-        ids: (n + 1,) token ids.
-        counts: (n + 1,) booleans: which of them are targets. All when not given.
-        origin: of which document.
-    """
-    targets = ids[1:].astype(np.int64)
-    if counts is not None:
-        targets[~counts[1:]] = IGNORED
-    return Example(ids[:-1].astype(np.int64), targets, origin=origin)
+_INTEGER = np.int32  # of rows in memory; tensors are int64
 
 
 @dataclass(frozen=True)
@@ -101,7 +69,7 @@ class Batch:
 
     def tensor(self, name: str) -> Tensor:
         """One of the arrays."""
-        tensor = torch.from_numpy(np.ascontiguousarray(getattr(self, name)))
+        tensor = torch.from_numpy(np.ascontiguousarray(getattr(self, name), np.int64))
         return tensor.to(self.device, non_blocking=True)
 
     def row_positions(self) -> Tensor | None:
@@ -142,91 +110,49 @@ def pack(examples: Sequence[Example], length: int, pad_id: int, decoder_length: 
     Raises:
         TrainingError: an example is empty or longer than a row; says which.
     """
-    rows = _best_fit([_sizes(example) for example in examples], (length, decoder_length))
-    shape = (len(rows), length)
-    target_shape = (len(rows), decoder_length) if decoder_length else shape
-    has_segments = any(example.segments is not None for example in examples)
-    has_labels = any(example.label != IGNORED for example in examples)
+    flat = Examples.of(examples)
+    row, number, start, decoder_start = best_fit(flat.sizes, (length, decoder_length), flat.decoder_sizes)
+    members = np.bincount(row)
+    shape = (len(members), length)
+    target_shape = (len(members), decoder_length) if decoder_length else shape
+    at = places(row * length + start, flat.sizes)
+    target_at = at
+    decoder_tokens = decoder_document = None
     # what is left of a row gets a number that no example has, another one on each side
-    batch = Batch(
-        np.full(shape, pad_id, np.int64),
-        np.full(target_shape, IGNORED, np.int64),
-        np.zeros(shape, np.int64),
-        np.zeros(shape, np.int64),
-        segments=np.zeros(shape, np.int64) if has_segments else None,
-        labels=np.full(shape, IGNORED, np.int64) if has_labels else None,
-        decoder_tokens=np.full(target_shape, pad_id, np.int64) if decoder_length else None,
-        decoder_document=np.zeros(target_shape, np.int64) if decoder_length else None,
-        origins=_origins(rows, examples),
+    document = _scattered(shape, members[:, None], at, np.repeat(number, flat.sizes))
+    if decoder_length:
+        assert flat.decoder_tokens is not None and flat.decoder_sizes is not None
+        target_at = places(row * decoder_length + decoder_start, flat.decoder_sizes)
+        decoder_tokens = _scattered(target_shape, pad_id, target_at, flat.decoder_tokens)
+        # the decoder's filling looks at the encoder's, or where that has none, at an example's text:
+        # a row of a softmax must not be empty, and nothing is learned from it either way
+        filling = np.where(np.bincount(row, flat.sizes) < length, members, 0)[:, None]
+        decoder_document = _scattered(target_shape, filling, target_at, np.repeat(number, flat.decoder_sizes))
+    origins = np.full((len(members), members.max(initial=1)), -1, _INTEGER)
+    origins[row, number] = flat.origins
+    labels = None
+    if (flat.labels != IGNORED).any():
+        labels = _scattered(shape, IGNORED, row * length + start, flat.labels)
+    return Batch(
+        _scattered(shape, pad_id, at, flat.tokens),
+        _scattered(target_shape, IGNORED, target_at, flat.targets),
+        _scattered(shape, 0, at, places(np.zeros_like(flat.sizes), flat.sizes)),
+        document,
+        segments=None if flat.segments is None else _scattered(shape, 0, at, flat.segments),
+        labels=labels,
+        decoder_tokens=decoder_tokens,
+        decoder_document=decoder_document,
+        origins=origins,
     )
-    for row, members in enumerate(rows):
-        start = decoder_start = 0
-        for number, index in enumerate(members):
-            example = examples[index]
-            end = start + len(example.tokens)
-            batch.tokens[row, start:end] = example.tokens
-            batch.positions[row, start:end] = np.arange(end - start)
-            batch.document[row, start:end] = number
-            if batch.segments is not None and example.segments is not None:
-                batch.segments[row, start:end] = example.segments
-            if batch.labels is not None:
-                batch.labels[row, start] = example.label
-            if batch.decoder_tokens is None or batch.decoder_document is None:
-                batch.targets[row, start:end] = example.targets
-            else:
-                decoder_end = decoder_start + len(example.targets)
-                batch.targets[row, decoder_start:decoder_end] = example.targets
-                batch.decoder_tokens[row, decoder_start:decoder_end] = example.decoder_tokens
-                batch.decoder_document[row, decoder_start:decoder_end] = number
-                decoder_start = decoder_end
-            start = end
-        batch.document[row, start:] = len(members)
-        if batch.decoder_document is not None:
-            # the decoder's filling looks at the encoder's, or where that has none, at an example's text:
-            # a row of a softmax must not be empty, and nothing is learned from it either way
-            batch.decoder_document[row, decoder_start:] = len(members) if start < length else 0
-    return batch
 
 
-def _origins(rows: list[list[int]], examples: Sequence[Example]) -> np.ndarray:
-    """(rows, most examples in a row): which documents a row holds, -1 behind the last."""
-    origins = np.full((len(rows), max(map(len, rows), default=1)), -1, np.int64)
-    for row, members in enumerate(rows):
-        origins[row, : len(members)] = [examples[index].origin for index in members]
-    return origins
-
-
-def _sizes(example: Example) -> tuple[int, int]:
-    return len(example.tokens), 0 if example.decoder_tokens is None else len(example.decoder_tokens)
-
-
-def _best_fit(sizes: Sequence[tuple[int, int]], rooms: tuple[int, int]) -> list[list[int]]:
-    """Which examples share a row. `sizes` and `rooms` count the tokens of both sides."""
-    order = sorted(range(len(sizes)), key=lambda index: (-sizes[index][0], -sizes[index][1], index))
-    rows: list[list[int]] = []
-    room: list[tuple[int, int, int]] = []  # (tokens left, row, decoder tokens left), sorted
-    for index in order:
-        size, decoder_size = sizes[index]
-        if not 0 < size <= rooms[0]:
-            raise TrainingError(
-                f"Example {index} has {size:,} tokens, which do not fit a row of {rooms[0]:,}."
-            )
-        if decoder_size > rooms[1]:
-            raise TrainingError(
-                f"Example {index} has {decoder_size:,} tokens to write, which do not fit a row of {rooms[1]:,}."
-            )
-        place = bisect.bisect_left(room, (size, -1, -1))
-        while place < len(room) and room[place][2] < decoder_size:
-            place += 1
-        if place == len(room):
-            rows.append([index])
-            left, row, decoder_left = rooms[0] - size, len(rows) - 1, rooms[1] - decoder_size
-        else:
-            left, row, decoder_left = room.pop(place)
-            rows[row].append(index)
-            left, decoder_left = left - size, decoder_left - decoder_size
-        if left and (decoder_left or not rooms[1]):
-            bisect.insort(room, (left, row, decoder_left))
+def _scattered(
+    shape: tuple[int, int], filling: int | np.ndarray, at: np.ndarray, values: np.ndarray
+) -> np.ndarray:
+    """Rows of `filling` with `values` at the flat places `at`."""
+    rows = np.empty(shape, _INTEGER)
+    rows[:] = filling
+    rows.reshape(-1)[at] = values
     return rows
 
 
@@ -250,10 +176,10 @@ class Loader:
         self._examples, self._rows, self._length = examples, rows, length
         self._pad_id, self._seed, self._decoder_length = pad_id, seed, decoder_length
         self.epoch, self.position = 0, 0
-        self._packed: Batch | None = None
+        self._packed: tuple[Batch, np.ndarray] | None = None  # rows, and their order
         self._packed_epoch = -1
         self._worker = ThreadPoolExecutor(1, "loader")
-        self._ahead: tuple[int, Future[Batch]] | None = None
+        self._ahead: tuple[int, Future[tuple[Batch, np.ndarray]]] | None = None
 
     def state(self) -> dict[str, int]:
         """Where the loader stands, for a checkpoint."""
@@ -274,9 +200,10 @@ class Loader:
         """
         if self._packed is None or self._packed_epoch != self.epoch:
             self._packed, self._packed_epoch = self._take(self.epoch), self.epoch
-        batch = self._packed.select(slice(self.position, self.position + self._rows))
+        packed, order = self._packed
+        batch = packed.select(order[self.position : self.position + self._rows])
         self.position += self._rows
-        size = len(self._packed.tokens)
+        size = len(order)
         needed = steps_left is None or self.position + steps_left * self._rows > size
         if self._ahead is None and needed and self.position >= _MAKE_AHEAD * size:
             following = self.epoch + 1
@@ -285,21 +212,20 @@ class Loader:
             self.epoch, self.position = self.epoch + 1, 0
         return batch
 
-    def _take(self, epoch: int) -> Batch:
+    def _take(self, epoch: int) -> tuple[Batch, np.ndarray]:
         """The rows of an epoch: made already, while the one before was still in use, or made now."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == epoch:
             return ahead[1].result()
         return self._pack_epoch(epoch)
 
-    def _pack_epoch(self, epoch: int) -> Batch:
+    def _pack_epoch(self, epoch: int) -> tuple[Batch, np.ndarray]:
         packed = pack(self._examples(epoch), self._length, self._pad_id, self._decoder_length)
         if packed.counts["tokens"] == 0:
             raise TrainingError(
                 "There are no targets to learn from.", "Check the data: are the replies empty?"
             )
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(packed.tokens))
-        return packed.select(order)
+        return packed, np.random.default_rng([self._seed, epoch]).permutation(len(packed.tokens))
 
 
 def fixed_batches(

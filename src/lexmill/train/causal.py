@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lexmill.train.batches import IGNORED, Batch
+from lexmill.train.batches import Batch
 from lexmill.train.cross_entropy import linear_cross_entropy
+from lexmill.train.examples import IGNORED
 from lexmill.train.objective import Losses
 
 

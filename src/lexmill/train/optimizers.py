@@ -77,10 +77,10 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-def _is_hidden(parameter: Tensor, name: str) -> bool:
+def is_hidden(name: str, dimensions: int) -> bool:
     """Whether a parameter maps hidden states to hidden states: not a vocabulary, not a judge of whole texts."""
     others = ("embed.weight", "relative.weight", "head.weight")
-    return parameter.dim() == 2 and not name.endswith(others) and not name.startswith(JUDGES)
+    return dimensions == 2 and not name.endswith(others) and not name.startswith(JUDGES)
 
 
 class OptimizerSet:
@@ -104,7 +104,7 @@ class OptimizerSet:
         adamw: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for parameter, name in self._names.items():
             factor = rate_factor(name, model.config)
-            if kind == "muon" and _is_hidden(parameter, name):
+            if kind == "muon" and is_hidden(name, parameter.dim()):
                 muon.setdefault(factor, []).append(parameter)
             else:
                 adamw.setdefault((factor, parameter.dim() >= 2), []).append(parameter)

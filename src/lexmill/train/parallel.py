@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lexmill.train.batches import IGNORED, Batch
+from lexmill.train.batches import Batch
+from lexmill.train.examples import IGNORED
 from lexmill.train.objective import Objective
 from lexmill.train.processes import Processes
 

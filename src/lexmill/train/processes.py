@@ -45,7 +45,7 @@ class Processes:
         Raises:
             ConfigError: a device that is not there.
         """
-        chosen = _device(device)
+        chosen = find_device(device)
         if process_count() == 1:
             return cls(device=chosen)
         if not dist.is_initialized():
@@ -112,7 +112,12 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _device(asked: str) -> torch.device:
+def find_device(asked: str) -> torch.device:
+    """Where this process computes: "auto" takes a GPU where torch can use one.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
