@@ -114,8 +114,9 @@ class LanguageModel:
     def fill_spans(self, text: str, beams: int = 8, top: int = 5, max_tokens: int = 48) -> list[Filling]:
         """The likeliest texts for the gaps in `text`, marked by sentinels, best first (encoder–decoders).
 
-        Gaps are marked by the sentinels in order: `<extra_id_0>`, then `<extra_id_1>` and so on. The
-        probability is that of the whole answer as the beam search found it.
+        Gaps are marked by the sentinels in order: `<extra_id_0>`, then `<extra_id_1>` and so on. An answer
+        ends where the model ends it, or begins a gap that the text does not have. The probability is that
+        of the answer, summed over all beams that say the same.
 
         Raises:
             ModelError: a model of another shape, or a tokenizer without sentinels.
@@ -130,8 +131,9 @@ class LanguageModel:
                 "The text has no gap to fill.",
                 f"Put {self.tokenizer.token_text(sentinels[0])} where the words are missing.",
             )
-        found = []
-        for one in self.beam_ids(ids, beams=max(beams, top), max_tokens=max_tokens):
+        beyond = [token for token in sentinels if token not in gaps]
+        found: dict[str, Filling] = {}
+        for one in self.beam_ids(ids, beams=max(beams, 2 * top), max_tokens=max_tokens, stop=beyond):
             pieces: dict[int, list[int]] = {}
             current: int | None = None
             for token in one.ids:
@@ -144,8 +146,10 @@ class LanguageModel:
                 words = self.tokenizer.decode(pieces.get(gap, []), skip_special=True).strip()
                 filled = filled.replace(self.tokenizer.token_text(gap), words, 1)
                 shown.append(words)
-            found.append(Filling(gaps[0], " … ".join(shown), float(np.exp(one.logprob)), filled))
-        return found[:top]
+            said = " … ".join(shown)
+            before = found[said].probability if said in found else 0.0
+            found[said] = Filling(gaps[0], said, before + float(np.exp(one.logprob)), filled)
+        return sorted(found.values(), key=lambda one: -one.probability)[:top]
 
     def next_sentence(self, first: str, second: str) -> float:
         """The probability that `second` follows `first` (encoders with a next-sentence head).
@@ -273,9 +277,19 @@ class LanguageModel:
         return "".join(step.text for step in self.stream(prompt, generation_config(**options)))
 
     def beam_ids(
-        self, ids: Sequence[int], *, beams: int = 4, max_tokens: int = 256, length_penalty: float = 1.0
+        self,
+        ids: Sequence[int],
+        *,
+        beams: int = 4,
+        max_tokens: int = 256,
+        length_penalty: float = 1.0,
+        stop: Sequence[int] = (),
     ) -> list[Hypothesis]:
-        """The best continuations that beam search finds, best first; see `beam_search`."""
+        """The best continuations that beam search finds, best first; see `beam_search`.
+
+        Args:
+            stop: ids that end a text beside the tokenizer's own.
+        """
         from lexmill.inference.torch_backend import TorchSession
 
         if self.config.shape == "encoder":
@@ -284,7 +298,7 @@ class LanguageModel:
         return beam_search(
             TorchSession(self.network, ids if two else ()),
             [self.config.decoder_start] if two else ids,
-            self.tokenizer.ids.stop,
+            [*self.tokenizer.ids.stop, *stop],
             beams=beams,
             max_tokens=max_tokens,
             length_penalty=length_penalty,
