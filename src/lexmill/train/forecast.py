@@ -8,7 +8,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from lexmill.devices import available_memory, resident_memory, this_machine, threads
+from lexmill.devices import (
+    available_memory,
+    give_back_freed_memory,
+    resident_memory,
+    this_machine,
+    threads,
+)
 from lexmill.model.config import ModelConfig
 from lexmill.train.calibration import Calibration, calibrate, peak_flops, rows_in
 from lexmill.train.config import TrainConfig
@@ -138,6 +144,7 @@ def forecast(
     """
     device = find_device(config.device)
     precision = choose_precision(config.precision, device.type)
+    give_back_freed_memory()  # what reading documents left is no part of the program
     own_rows = -(-config.rows // world)
     at_once = min(config.micro_rows or own_rows, own_rows)
     run = _Question(config, shape, row, world, own_rows, precision, resident_memory(), data)
