@@ -58,7 +58,9 @@ def test_fill_gaps_of_several_words(models):
     done = command("fill", models["t5"], "She was <extra_id_0> happy <extra_id_1> him.", "--top", 2, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["fillings"]
-    assert len(found) == 2 and "<extra_id_" not in found[0]["sentence"]
+    # beams that say the same are one filling, so an untrained model may have fewer than asked for
+    assert 1 <= len(found) <= 2 and "<extra_id_" not in found[0]["sentence"]
+    assert len({one["text"] for one in found}) == len(found)
 
 
 def test_next_sentence_and_embed(models, tmp_path):

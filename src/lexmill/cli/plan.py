@@ -123,7 +123,12 @@ def _time(one: Any) -> str:
         text += f" ({_clock(time.seconds_low)} to {_clock(time.seconds_high)})"
     if time.validation_seconds >= 1:
         text += f", and {_clock(time.validation_seconds)} of validation"
-    return f"{text}; h:mm:ss, from {time.calibration_steps} steps of {time.calibration_rows} rows just now"
+    steps, rows = _count(time.calibration_steps, "step"), _count(time.calibration_rows, "row")
+    return f"{text}; h:mm:ss, from {steps} of {rows} just now"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _speed(one: Any) -> str:
@@ -131,7 +136,7 @@ def _speed(one: Any) -> str:
     return (
         f"{time.step_seconds:.3g} s a step, {time.tokens_per_second:,.0f} tokens/s in {one.precision}, "
         f"{100 * time.peak_share:.0f} % of the {time.peak_flops / _BILLION:,.0f} GFLOP/s of a matrix product here "
-        f"({one.machine}, {one.threads} thread{'s' if one.threads > 1 else ''})"
+        f"({one.machine}, {_count(one.threads, 'thread')})"
     )
 
 

@@ -108,7 +108,7 @@ def calibrate(
     correction = (watch.bytes - expected.model) / expected.step
     gc.collect()  # the model, before its memory can be given back
     give_back_freed_memory()
-    slow = min(_SLOW, len(parts) - 1)
+    slow = _SLOW if len(parts) > 2 * _SLOW else 1
     return Calibration(
         rows,
         tuple(parts[slow:]),

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from lexmill.devices import available_memory, resident_memory, this_machine, threads
+from lexmill.devices import (
+    available_memory,
+    give_back_freed_memory,
+    resident_memory,
+    this_machine,
+    threads,
+)
 from lexmill.model.config import ModelConfig
 from lexmill.train.calibration import Calibration, calibrate, peak_flops, rows_in
 from lexmill.train.config import TrainConfig
@@ -28,7 +34,7 @@ from lexmill.train.precision import choose_precision
 from lexmill.train.processes import find_device
 
 CALIBRATION_SECONDS = 8.0
-_PART_SECONDS = 2.5  # a part of a calibration step takes no longer, about
+_PART_SECONDS = 1.5  # a part of a calibration step takes no longer, about
 _USABLE = 0.95  # of the memory that is free
 
 
@@ -85,6 +91,8 @@ class Forecast:
         update_flops: of the optimiser, a step; not part of the others.
         memory: of one process with the chosen sharding; `replicate` and `shard` of one of several.
         memory_available: to this process, on the device that it computes on.
+        memory_measured: whether as many rows as the run has at once were tried; else a step's part is
+            an estimate, corrected by fewer rows where any were tried.
         checkpoint: bytes on disk of one; `disk` with all that are kept, and the finished model.
         warnings: what will not work and what to change.
     """
@@ -138,6 +146,7 @@ def forecast(
     """
     device = find_device(config.device)
     precision = choose_precision(config.precision, device.type)
+    give_back_freed_memory()  # what reading documents left is no part of the program
     own_rows = -(-config.rows // world)
     at_once = min(config.micro_rows or own_rows, own_rows)
     run = _Question(config, shape, row, world, own_rows, precision, resident_memory(), data)
@@ -181,7 +190,7 @@ def forecast(
         replicate=memories["replicate"] if world > 1 else None,
         shard=memories["shard"] if world > 1 else None,
         memory_available=available,
-        memory_measured=found is not None and found.memory > 0,
+        memory_measured=found is not None and found.memory > 0 and found.rows == at_once,
         checkpoint=checkpoint,
         # one more stands while the newest is written
         disk=checkpoint * (config.keep_last + 1) + weights * (2 if config.keep_best else 1),
