@@ -66,6 +66,14 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """However training ends, nothing is still being written."""
+        if self._writer is not None:
+            self._writer.join()
+
     @property
     def busy(self) -> bool:
         """Whether an earlier one is still being written."""

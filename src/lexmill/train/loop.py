@@ -101,7 +101,7 @@ def train(
     }
     model.train()
     run = _Run(model, objective, loader, config, folder, hooks or Hooks(), processes, progress)
-    with processes.explain_loss_of_others():
+    with run.checkpoints, processes.explain_loss_of_others():
         run.resume()
         facts["precision"] = run.precision
         if processes.first:
