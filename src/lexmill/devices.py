@@ -1,4 +1,4 @@
-"""What this machine offers, read without torch: cores, instruction sets, memory; and a faster malloc."""
+"""What this machine offers, read without torch: cores, instruction sets, memory, torchrun's processes; a faster malloc."""
 
 from __future__ import annotations
 
@@ -98,6 +98,16 @@ def resident_memory() -> int:
     except (OSError, ValueError, IndexError):
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def give_back_freed_memory() -> None:

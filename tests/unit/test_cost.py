@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lexmill.errors import ConfigError
 from lexmill.model.build import build_model
-from lexmill.pretrain.plan import objective_of, plan_pretraining, training_row
+from lexmill.pretrain.lessons import loss_of
+from lexmill.pretrain.plan import plan_pretraining, training_row
 from lexmill.pretrain.shape import ShapeConfig
 from lexmill.pretrain.stage import PretrainConfig
 from lexmill.recipe.config import read_recipe
@@ -161,7 +162,7 @@ def test_activations_are_estimated_from_what_torch_keeps(family):
     config, shape = make(family, width=128)
     row = training_row(config, shape)
     model = build_model(shape)
-    task = Task(model, objective_of(config, shape))
+    task = Task(model, loss_of(config, shape))
     batch = random_batch(shape, row, 8)
     kept = {}
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}

@@ -9,19 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from test_train import SHAPE, config
-from test_train import documents as examples
+from test_train import run_training as train_tiny_model
 
 from lexmill.config import from_mapping
 from lexmill.errors import ConfigError, MissingPackageError
-from lexmill.model.decoder import Decoder
 from lexmill.progress import Progress
 from lexmill.train import trackers
-from lexmill.train.batches import Loader
-from lexmill.train.causal import causal_loss
 from lexmill.train.config import TrainConfig
-from lexmill.train.loop import Hooks, train
+from lexmill.train.loop import Hooks
 from lexmill.train.metrics import read_metrics
 from lexmill.train.trackers import Trackers, grouped, tracking
 
@@ -36,22 +31,9 @@ class Heard(Progress):
         self.lines.append(text)
 
 
-def run_training(folder: Path, stop_after: int | None = None, progress: Progress | None = None, **changes):
-    torch.set_num_threads(1)
-    decoder = Decoder(SHAPE)
-    decoder.initialise(0)
-    loader = Loader(lambda epoch: examples([20, 31, 7, 15, 30, 26], epoch), rows=2, length=32, pad_id=0, seed=3)  # fmt: skip
-    calls = 0
-
-    def objective(model, batch):
-        nonlocal calls
-        calls += 1
-        if stop_after is not None and calls > stop_after:
-            raise RuntimeError("killed")
-        return causal_loss(model, batch)
-
+def run_training(folder: Path, stop_after: int | None = None, **changes):
     hooks = Hooks(validate=lambda model: {"validation_loss": 4.5, "validation_tokens_accuracy": 0.25})
-    return train(decoder, objective, loader, config(**changes), folder, hooks=hooks, progress=progress or Progress())  # fmt: skip
+    return train_tiny_model(folder, stop_after, hooks, **changes)[1]
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:

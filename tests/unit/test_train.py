@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lexmill.errors import FileError, TrainingError
 from lexmill.model.config import ModelConfig
 from lexmill.model.decoder import Decoder
-from lexmill.progress import Progress
+from lexmill.progress import SILENT, Progress
 from lexmill.train.batches import Batch, Loader, pack
 from lexmill.train.causal import causal_loss
 from lexmill.train.config import TrainConfig
@@ -197,7 +197,7 @@ def config(**changes):
     return TrainConfig(**{**values, **changes})
 
 
-def run_training(folder, stop_after=None, **changes):
+def run_training(folder, stop_after=None, hooks=None, progress=SILENT, **changes):
     torch.set_num_threads(2)
     decoder = Decoder(SHAPE)
     decoder.initialise(0)
@@ -213,7 +213,7 @@ def run_training(folder, stop_after=None, **changes):
             raise RuntimeError("killed")
         return causal_loss(model, batch)
 
-    result = train(decoder, objective, loader, config(**changes), folder)
+    result = train(decoder, objective, loader, config(**changes), folder, hooks=hooks, progress=progress)
     return decoder.weights(), result
 
 
@@ -331,40 +331,38 @@ def train_with(objective, folder, examples=None, hooks=None, **changes):
     return decoder, result, said.lines
 
 
-def test_one_step_that_is_not_finite_is_skipped_counted_and_told(tmp_path):
+def causal_loss_times(factor, *, at):
+    """The causal loss, but `factor` times as large at call number `at`."""
     calls = 0
 
-    def sometimes(model, batch):
+    def objective(model, batch):
         nonlocal calls
         calls += 1
         losses = causal_loss(model, batch)
-        return Losses({"tokens": losses.sums["tokens"] * (float("inf") if calls == 5 else 1)})
+        return Losses({"tokens": losses.sums["tokens"] * (factor if calls == at else 1)})
 
+    return objective
+
+
+def test_one_step_that_is_not_finite_is_skipped_counted_and_told(tmp_path):
     made = [
         next_token_example(example.tokens, origin=number)
         for number, example in enumerate(documents([20, 31, 7]))
     ]
     hooks = Hooks(name_documents=lambda numbers: [f"document-{number}" for number in numbers])
-    _, result, said = train_with(sometimes, tmp_path, made, hooks)
+    _, result, said = train_with(causal_loss_times(float("inf"), at=5), tmp_path, made, hooks)
     assert result.skipped == 1 and result.steps == 24
     told = [line for line in said if "not finite, step skipped" in line]
     assert len(told) == 1 and told[0].startswith("step 5:") and "document-" in told[0]
 
 
 def test_a_loss_that_jumps_is_told_with_its_documents(tmp_path):
-    calls = 0
-
-    def jumps(model, batch):
-        nonlocal calls
-        calls += 1
-        losses = causal_loss(model, batch)
-        return Losses({"tokens": losses.sums["tokens"] * (3 if calls == 70 else 1)})
-
     made = [
         next_token_example(example.tokens, origin=40 + number)
         for number, example in enumerate(documents([20, 31]))
     ]
-    _, _, said = train_with(jumps, tmp_path, made, steps=80, learning_rate=1e-4, matrix_learning_rate=1e-4)
+    slow = {"learning_rate": 1e-4, "matrix_learning_rate": 1e-4}
+    _, _, said = train_with(causal_loss_times(3, at=70), tmp_path, made, steps=80, **slow)
     told = [line for line in said if "the loss jumped" in line]
     assert len(told) == 1 and "step 70" in told[0] and told[0].endswith("40, 41")
     spikes = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "spike" in line]

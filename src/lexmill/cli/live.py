@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
-import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -24,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lexmill.devices import peak_memory, resident_memory
 from lexmill.progress import Task, TerminalProgress, format_duration
 from lexmill.train.watch import LossWatch
 
@@ -159,8 +158,8 @@ def training_figures(task: LiveTask) -> list[Text]:
             found.append((label, f"{newest[name]:.3g}", ""))
     if task.seconds_left is not None:
         found.append(("left", format_duration(task.seconds_left), ""))
-    if megabytes := process_megabytes():
-        found.append(("memory", f"{megabytes:,.0f} MB", ""))
+    if held := resident_memory() or peak_memory():
+        found.append(("memory", f"{held / 1e6:,.0f} MB", ""))
     return [
         Text.assemble((f"{name} ", "dim"), (value, "bold"), (f" {more}" if more else "", "dim"))
         for name, value, more in found
@@ -218,18 +217,3 @@ def braille(values: Sequence[float], rows: int) -> list[str]:
             cells[dot // 4][column // 2] |= _DOTS[dot % 4][column % 2]
         before = place
     return ["".join(chr(0x2800 + bits) for bits in line) for line in cells]
-
-
-def process_megabytes() -> float | None:
-    """The memory of this process now; its peak where the system only tells that; None where it tells nothing."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-    except (OSError, ValueError, IndexError):
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3

@@ -36,11 +36,7 @@ def show_plans(forecasts: dict[str, Any], json: bool) -> None:
 def _totals(one: Any) -> dict[str, Any]:
     """Sums that the dataclasses compute."""
     kinds = {kind: getattr(one, kind) for kind in ("memory", "replicate", "shard")}
-    return {
-        f"{kind}_total": memory.total if one.device == "cpu" else memory.on_device
-        for kind, memory in kinds.items()
-        if memory is not None
-    }
+    return {f"{kind}_total": _needed(one, memory) for kind, memory in kinds.items() if memory is not None}
 
 
 def _lines(one: Any) -> list[tuple[str, str]]:

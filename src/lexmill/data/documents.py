@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,18 @@ def read_documents(path: Path | str) -> Iterator[Document]:
         )
     for shard in shards:
         yield from _read_shard(shard)
+
+
+def read_texts(path: Path | str) -> Iterator[Document]:
+    """The documents of kind "text" that are not empty, in their order: what pretraining learns from."""
+    return (document for document in read_documents(path) if document.kind == "text" and document.text)
+
+
+def find_texts(path: Path | str, numbers: Collection[int]) -> dict[int, Document]:
+    """Those of `read_texts` with these numbers, counted from 0; reads no further than the last of them."""
+    last = max(numbers, default=-1)
+    texts = itertools.islice(enumerate(read_texts(path)), last + 1)
+    return {number: document for number, document in texts if number in numbers}
 
 
 def _read_shard(path: Path) -> Iterator[Document]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from lexmill.data.documents import Document, read_documents
+from lexmill.data.documents import find_texts, read_texts
 from lexmill.data.shards import TokenShard, write_token_shard
 from lexmill.errors import DataError, ModelError
 from lexmill.model.config import ModelConfig
-from lexmill.pretrain.made import made_before, remember_made
+from lexmill.pretrain.made import Origin
 from lexmill.pretrain.masked import MaskingConfig, masked_examples, masked_loss
 from lexmill.pretrain.sentences import Sentences, tokenize_sentences
 from lexmill.pretrain.spans import SpanConfig, plan_rows, span_examples
@@ -67,7 +67,7 @@ def causal_lesson(
         return cut_documents(shards["train"], length, end_of_text, shift)
 
     return Lesson(
-        causal_loss,
+        loss_of(config, shape),
         examples,
         cut_documents(shards["validation"], length, end_of_text),
         length,
@@ -94,7 +94,7 @@ def masked_lesson(
         return masked_examples(split, tokenizer, masking, length, (config.seed, *seed))
 
     return Lesson(
-        partial(masked_loss, pair_weight=masking.pair_weight),
+        loss_of(config, shape),
         lambda epoch: examples(found["train"], epoch, 3),
         examples(found["validation"], 0, 4) if len(found["validation"]) else [],
         length,
@@ -125,7 +125,7 @@ def span_lesson(
         )
 
     return Lesson(
-        sequence_loss,
+        loss_of(config, shape),
         lambda epoch: examples("train", epoch, 5),
         examples("validation", 0, 6),
         full.read,
@@ -148,6 +148,16 @@ LESSONS = {"causal": causal_lesson, "masked": masked_lesson, "span_corruption": 
 OBJECTIVE_OF = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "span_corruption"}
 
 
+def loss_of(config: Any, shape: ModelConfig) -> Objective:
+    """What a model of this shape lowers in pretraining."""
+    losses: dict[str, Objective] = {
+        "causal": causal_loss,
+        "masked": partial(masked_loss, pair_weight=config.masking.pair_weight),
+        "span_corruption": sequence_loss,
+    }
+    return losses[OBJECTIVE_OF[shape.shape]]
+
+
 def tokenize_documents(
     documents: Path,
     tokenizer: Tokenizer,
@@ -163,14 +173,16 @@ def tokenize_documents(
     Raises:
         DataError: a split has no text documents.
     """
-    if made_before(out, documents, tokenizer, splits):
+    origin = Origin(out, documents, tokenizer, splits)
+    if origin.is_of_shards():
         return {split: TokenShard.open(out / split) for split in splits}
+    origin.forget()
     shards = {}
     for split in splits:
         with progress.task(f"tokenizing {split}", None, "documents") as task:
 
             def encoded(split: str = split, task: Any = task) -> Any:
-                for document in _texts(documents / f"{split}.parquet"):
+                for document in read_texts(documents / f"{split}.parquet"):
                     task.advance()
                     text = document.text or ""
                     yield tokenizer.encode_plain([text])[0], len(text.encode("utf-8"))
@@ -185,23 +197,17 @@ def tokenize_documents(
         raise DataError(
             f"{documents}: there are no text documents to pretrain on.", "Add a source of kind 'text'."
         )
-    remember_made(out, documents, tokenizer, splits)
+    origin.remember()
     return shards
 
 
 def name_documents(documents: Path, numbers: Sequence[int]) -> list[str]:
     """Where the texts with these numbers in the training split come from: id and source of each."""
-    wanted, found = set(numbers), {}
-    for number, document in enumerate(_texts(documents / "train.parquet")):
-        if number in wanted:
-            found[number] = f"{document.id} ({document.source})"
-            if len(found) == len(wanted):
-                break
-    return [found.get(number, str(number)) for number in numbers]
-
-
-def _texts(path: Path) -> Iterator[Document]:
-    return (document for document in read_documents(path) if document.kind == "text" and document.text)
+    found = find_texts(documents / "train.parquet", set(numbers))
+    return [
+        f"{found[number].id} ({found[number].source})" if number in found else str(number)
+        for number in numbers
+    ]
 
 
 def cut_documents(shard: TokenShard, length: int, end_of_text: int, shift: float = 0.0) -> Examples:

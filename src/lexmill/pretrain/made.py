@@ -13,29 +13,35 @@ _FILE = "made-from.json"
 _VERSION = 1  # goes up when the same documents become other shards
 
 
-def made_before(
-    out: Path, documents: Path, tokenizer: Tokenizer, splits: tuple[str, ...], **how: Any
-) -> bool:
-    """Whether the shards in `out` come from these very documents and this tokenizer, in this way."""
-    try:
-        return read_json(out / _FILE) == _facts(documents, tokenizer, splits, how)
-    except LexmillError:
-        return False
+class Origin:
+    """What the token shards in a folder come from, as far as it decides their bytes.
 
+    Args:
+        how: settings beside documents and tokenizer.
+    """
 
-def remember_made(
-    out: Path, documents: Path, tokenizer: Tokenizer, splits: tuple[str, ...], **how: Any
-) -> None:
-    """Write down what the shards in `out` come from, once they stand."""
-    write_json(out / _FILE, _facts(documents, tokenizer, splits, how))
+    def __init__(
+        self, folder: Path, documents: Path, tokenizer: Tokenizer, splits: tuple[str, ...], **how: Any
+    ) -> None:
+        self._note = folder / _FILE
+        self._facts = {
+            "version": _VERSION,
+            "documents_sha256": {split: sha256_file(documents / f"{split}.parquet") for split in splits},
+            "tokenizer_sha256": tokenizer.sha256,
+            **how,
+        }
 
+    def is_of_shards(self) -> bool:
+        """Whether finished shards lie there that come from just this."""
+        try:
+            return read_json(self._note) == self._facts
+        except LexmillError:
+            return False
 
-def _facts(
-    documents: Path, tokenizer: Tokenizer, splits: tuple[str, ...], how: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "version": _VERSION,
-        "documents_sha256": {split: sha256_file(documents / f"{split}.parquet") for split in splits},
-        "tokenizer_sha256": tokenizer.sha256,
-        **how,
-    }
+    def forget(self) -> None:
+        """Shards are about to be replaced: until all stand, nothing is said of them."""
+        self._note.unlink(missing_ok=True)
+
+    def remember(self) -> None:
+        """Write it down: the shards stand."""
+        write_json(self._note, self._facts)

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
-from lexmill.data.documents import Document, read_documents
+from lexmill.data.documents import read_texts
 from lexmill.data.shards import TokenShard
 from lexmill.errors import ConfigError, DataError, LexmillError
 from lexmill.files import read_json
 from lexmill.model.config import ModelConfig
-from lexmill.pretrain.lessons import OBJECTIVE_OF
-from lexmill.pretrain.made import made_before
-from lexmill.pretrain.masked import masked_loss
+from lexmill.pretrain.lessons import loss_of
+from lexmill.pretrain.made import Origin
 from lexmill.pretrain.spans import plan_rows
 from lexmill.pretrain.stage import PretrainConfig
 from lexmill.tokenizer.tokenizer import Tokenizer
-from lexmill.train.causal import causal_loss, sequence_loss
 from lexmill.train.cost import Row
 from lexmill.train.forecast import CALIBRATION_SECONDS, Data, Forecast, forecast
-from lexmill.train.objective import Objective
 
 _SAMPLE = 300  # documents that are tokenized to estimate how many tokens all have
 
@@ -60,23 +55,13 @@ def plan_pretraining(
     return forecast(
         config,
         shape,
-        objective_of(config, shape),
+        loss_of(config, shape),
         training_row(config, shape, mean),
         data=data,
         world=world,
         validation_tokens=config.validation_tokens,
         seconds=seconds,
     )
-
-
-def objective_of(config: PretrainConfig, shape: ModelConfig) -> Objective:
-    """The loss that the lesson of this shape has."""
-    objectives: dict[str, Objective] = {
-        "causal": causal_loss,
-        "masked": partial(masked_loss, pair_weight=config.masking.pair_weight),
-        "span_corruption": sequence_loss,
-    }
-    return objectives[OBJECTIVE_OF[shape.shape]]
 
 
 def training_row(config: PretrainConfig, shape: ModelConfig, mean: float | None = None) -> Row:
@@ -106,10 +91,10 @@ def count_tokens(documents: Path, tokenizer: Tokenizer, out: Path | None = None)
     splits = ("train", "validation")
     if out is not None and (out / "tokens" / "train").is_dir():
         for how in ({}, {"chinese_words": False}, {"chinese_words": True}):
-            if made_before(out / "tokens", documents, tokenizer, splits, **how):
+            if Origin(out / "tokens", documents, tokenizer, splits, **how).is_of_shards():
                 shard = TokenShard.open(out / "tokens" / "train")
                 return Data(shard.tokens, len(shard), exact=True)
-    sample = list(itertools.islice(_texts(documents / "train.parquet"), _SAMPLE + 1))
+    sample = list(itertools.islice(read_texts(documents / "train.parquet"), _SAMPLE + 1))
     if not sample:
         raise DataError(
             f"{documents}: there are no text documents to pretrain on.", "Add a source of kind 'text'."
@@ -121,14 +106,10 @@ def count_tokens(documents: Path, tokenizer: Tokenizer, out: Path | None = None)
     counts = _counts(documents)
     scale = counts.get("characters", 0) / max(sum(map(len, texts)), 1)
     if not scale:  # a folder without the manifest's figures: all texts are counted by their length
-        lengths = [len(document.text or "") for document in _texts(documents / "train.parquet")]
+        lengths = [len(document.text or "") for document in read_texts(documents / "train.parquet")]
         counts = {"documents": len(lengths)}
         scale = sum(lengths) / max(sum(map(len, texts)), 1)
     return Data(round(tokens * scale), counts["documents"], exact=False)
-
-
-def _texts(path: Path) -> Iterator[Document]:
-    return (one for one in read_documents(path) if one.kind == "text" and one.text)
 
 
 def _counts(documents: Path) -> dict[str, int]:

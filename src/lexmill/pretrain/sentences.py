@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from lexmill.data.documents import read_documents
+from lexmill.data.documents import read_texts
 from lexmill.data.shards import TokenShard, write_token_shard
 from lexmill.errors import ConfigError, DataError
-from lexmill.pretrain.made import made_before, remember_made
+from lexmill.pretrain.made import Origin
 from lexmill.progress import SILENT, Progress
 from lexmill.tokenizer.tokenizer import Tokenizer
 
@@ -122,11 +122,13 @@ def tokenize_sentences(
         ConfigError: jieba is not installed.
     """
     _, separator = tokenizer.require_separators()
-    if made_before(out, documents, tokenizer, splits, chinese_words=chinese_words):
+    origin = Origin(out, documents, tokenizer, splits, chinese_words=chinese_words)
+    if origin.is_of_shards():
         return {
             split: Sentences(TokenShard.open(out / split), TokenShard.open(out / f"{split}-words"), separator)
             for split in splits
         }
+    origin.forget()
     found = {}
     for split in splits:
         with progress.task(f"tokenizing {split}", None, "documents") as task:
@@ -134,13 +136,12 @@ def tokenize_sentences(
             flags: list[np.ndarray] = []
 
             def encoded(split: str = split, task: Any = task, words: _Words = words, flags: list = flags):
-                for document in read_documents(documents / f"{split}.parquet"):
-                    if document.kind != "text" or not document.text:
-                        continue
+                for document in read_texts(documents / f"{split}.parquet"):
                     task.advance()
-                    ids, continues = words.document(split_sentences(document.text), separator)
+                    text = document.text or ""
+                    ids, continues = words.document(split_sentences(text), separator)
                     flags.append(continues)
-                    yield ids.tolist(), len(document.text.encode("utf-8"))
+                    yield ids.tolist(), len(text.encode("utf-8"))
 
             ids = _write(out / split, encoded(), tokenizer)
             continues = _write(
@@ -151,7 +152,7 @@ def tokenize_sentences(
         raise DataError(
             f"{documents}: there are no text documents to pretrain on.", "Add a source of kind 'text'."
         )
-    remember_made(out, documents, tokenizer, splits, chinese_words=chinese_words)
+    origin.remember()
     return found
 
 

@@ -141,15 +141,12 @@ def described_marks(run: ComparedRun, training: Training) -> list[dict[str, Any]
 def _document_names(run: Path, wanted: set[int]) -> Mapping[int, str]:
     """Where the training texts with these numbers come from; empty where the run does not hold them."""
     path = run / "prepare" / "train.parquet"
-    found: dict[int, str] = {}
     with contextlib.suppress(LexmillError, OSError):
         if path.is_file() and path.stat().st_size <= _LARGEST_READ:
-            from lexmill.data.documents import read_documents
+            from lexmill.data.documents import find_texts
 
-            texts = (one for one in read_documents(path) if one.kind == "text" and one.text)
-            for number, document in enumerate(texts):
-                if number in wanted:
-                    found[number] = "/".join(document.source.split("/")[-2:]) or document.id
-                if number >= max(wanted):
-                    break
-    return found
+            return {
+                number: "/".join(document.source.split("/")[-2:]) or document.id
+                for number, document in find_texts(path, wanted).items()
+            }
+    return {}

@@ -13,17 +13,18 @@ import torch
 from torch import nn
 
 from lexmill.devices import give_back_freed_memory, resident_memory
-from lexmill.errors import TrainingError
 from lexmill.model.build import build_model
 from lexmill.model.config import ModelConfig
 from lexmill.train.batches import Batch
 from lexmill.train.config import TrainConfig
 from lexmill.train.cost import Row, process_memory, row_flops
 from lexmill.train.examples import IGNORED
+from lexmill.train.memory import explain_no_memory
 from lexmill.train.objective import Objective
 from lexmill.train.optimizers import OptimizerSet
-from lexmill.train.parallel import Task
+from lexmill.train.parallel import Task, spread
 from lexmill.train.precision import autocast, matmul_gflops
+from lexmill.train.processes import Processes
 
 _SLOW = 2  # rounds at the beginning that do not count, where there are more
 _SAMPLE_SECONDS = 0.002
@@ -94,14 +95,8 @@ def calibrate(
     """
     batch = random_batch(config, row, rows, training.seed).to(device)
     watch = _PeakMemory(device)
-    try:
-        with watch:
-            parts, updates = _Step(config, objective, training, precision, device).repeat(batch, seconds)
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        raise TrainingError(
-            f"Out of memory: {rows} rows of {row.tokens} tokens at once are too much.",
-            "Set a smaller micro_rows, a smaller row_length, or a smaller model.",
-        ) from error
+    with explain_no_memory(rows, row.tokens), watch:
+        parts, updates = _Step(config, objective, training, precision, device).repeat(batch, seconds)
     expected = process_memory(
         config, row, optimizer=training.optimizer, precision=precision, rows_at_once=rows
     )
@@ -134,21 +129,10 @@ class _Step:
         with torch.no_grad():  # values like those of a beginning: none so large that a step overflows
             for weight in model.parameters():
                 weight.mul_(0).add_(1.0) if weight.dim() == 1 else weight.normal_(0, 0.02)
-        self.task = Task(model, objective).to(device).train()
+        alone = Processes(device=device)
+        self.task = spread(Task(model, objective), alone, "replicate", training.compile).train()
         self.precision, self.device, self.clip = precision, device, training.clip
-        if training.compile and device.type == "cuda":
-            from lexmill.train.parallel import spread
-            from lexmill.train.processes import Processes
-
-            spread(self.task, Processes(device=device), "replicate", compiled=True)
-        self.optimizers = OptimizerSet(
-            model,
-            kind=training.optimizer,
-            learning_rate=training.learning_rate,
-            matrix_learning_rate=training.matrix_learning_rate,
-            weight_decay=training.weight_decay,
-            precision=precision,
-        )
+        self.optimizers = OptimizerSet.of_run(model, training, precision)
 
     def repeat(self, batch: Batch, seconds: float) -> tuple[list[float], list[float]]:
         """Seconds of each part and of each update, twice or as often as there is time for."""

@@ -162,7 +162,7 @@ def forecast(
         )
         run = replace(run, correction=found.correction)
     time = _time(run, found, peak, validation_tokens) if found else None
-    steps = _steps(config, row, time)
+    steps = _steps(config, row, time.step_seconds if time else 0.0)
     memories = {kind: run.memory(at_once, kind) for kind in ("replicate", "shard")}
     memory = memories[config.sharding]
     work = row_flops(shape, row)
@@ -258,7 +258,7 @@ def _time(run: _Question, found: Calibration, peak: float, validation_tokens: in
     low, high = (
         float(np.quantile(parts, share) * scale + np.quantile(updates, share)) for share in (0.05, 0.95)
     )
-    steps = config.steps or _tokens_to_steps(config, row) or max(1, round(60 * (config.minutes or 0) / step))
+    steps = _steps(config, row, step)
     total = 60 * config.minutes if config.minutes else steps * step
     spread = (1.0, 1.0) if config.minutes else (low / step, high / step)
     token_seconds = float(np.median(parts)) / (found.rows * row.tokens)
@@ -280,15 +280,13 @@ def _time(run: _Question, found: Calibration, peak: float, validation_tokens: in
     )
 
 
-def _tokens_to_steps(config: TrainConfig, row: Row) -> int:
-    return max(1, round(config.tokens / (config.rows * row.tokens))) if config.tokens else 0
-
-
-def _steps(config: TrainConfig, row: Row, time: Time | None) -> int:
-    """Steps of the run; 0 where a budget in minutes cannot be turned into steps."""
+def _steps(config: TrainConfig, row: Row, step_seconds: float) -> int:
+    """Steps of the run; 0 where a budget in minutes cannot be turned into steps, because no step was timed."""
     if config.minutes:
-        return max(1, round(60 * config.minutes / time.step_seconds)) if time else 0
-    return config.steps or _tokens_to_steps(config, row)
+        return max(1, round(60 * config.minutes / step_seconds)) if step_seconds else 0
+    if config.tokens:
+        return max(1, round(config.tokens / (config.rows * row.tokens)))
+    return config.steps or 0
 
 
 def _warnings(run: _Question, at_once: int, available: int, device: str) -> tuple[str, ...]:

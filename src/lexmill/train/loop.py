@@ -24,6 +24,7 @@ from lexmill.progress import SILENT, Progress
 from lexmill.train.batches import Batch, Loader
 from lexmill.train.checkpoint import Checkpoints, Position
 from lexmill.train.config import TrainConfig
+from lexmill.train.memory import explain_no_memory
 from lexmill.train.metrics import MetricsLog
 from lexmill.train.objective import Objective
 from lexmill.train.optimizers import OptimizerSet
@@ -78,9 +79,9 @@ def train(
     """Train `model` in place, going on from the newest checkpoint in `folder` if there is one.
 
     `folder` receives `training.json` (what the run was told), `metrics.jsonl` and, while the run
-    lasts, `checkpoints/`. A run that was
-    killed and started again gives bit for bit the weights of one that was not (same machine, same
-    number of threads and processes; with another number of processes the data come in the same order).
+    lasts, `checkpoints/`. A run that was killed and started again gives bit for bit the weights of
+    one that was not (same machine, same number of threads and processes; with another number of
+    processes the data come in the same order).
 
     Args:
         processes: those that train together; joined here when not given.
@@ -148,14 +149,7 @@ class _Run:
         self.unit = "seconds" if config.minutes else "steps"
         self.precision = processes.as_first_says(choose_precision(config.precision, processes.device.type))
         self.task = spread(Task(model, objective), processes, config.sharding, config.compile)
-        self.optimizers = OptimizerSet(
-            model,
-            kind=config.optimizer,
-            learning_rate=config.learning_rate,
-            matrix_learning_rate=config.matrix_learning_rate,
-            weight_decay=config.weight_decay,
-            precision=self.precision,
-        )
+        self.optimizers = OptimizerSet.of_run(model, config, self.precision)
         self.position = Position(precision=self.precision)
         self.checkpoints = Checkpoints(
             folder / "checkpoints",
@@ -270,7 +264,8 @@ class _Run:
         scales = {name: world / count for name, count in counts.items() if count}
         parts = own_parts(batch, self.processes, self.config.micro_rows)
         total = 0.0
-        with _explain_no_memory(self.config, batch):
+        rows, length = batch.tokens.shape
+        with explain_no_memory(self.config.micro_rows or rows, length):
             for number, part in enumerate(parts, 1):
                 with synchronised(self.task, last=number == len(parts)):
                     with autocast(self.precision, self.processes.device.type):
@@ -331,9 +326,11 @@ class _Run:
             self.model.train()
 
     def _keep_best(self, figures: dict[str, float]) -> None:
+        if not self.config.keep_best:
+            return
         loss = self.processes.as_first_says(figures.get("validation_loss"))
         best = self.position.best_loss
-        if self.config.keep_best and loss is not None and (best is None or loss < best):
+        if loss is not None and (best is None or loss < best):
             self.position.best_loss, self.position.best_step = loss, self.position.step
             self.checkpoints.save_best(self.position)
 
@@ -372,29 +369,6 @@ def _origins(batch: Batch) -> list[int]:
     if batch.origins is None:
         return []
     return [int(number) for number in np.unique(batch.origins) if number >= 0]
-
-
-class _explain_no_memory:
-    """Says what to change when a step does not fit."""
-
-    def __init__(self, config: TrainConfig, batch: Batch) -> None:
-        self._config, self._batch = config, batch
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        said = str(error)
-        full = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
-        if not full and not (isinstance(error, RuntimeError) and "can't allocate memory" in said):
-            return
-        rows, length = self._batch.tokens.shape
-        rows = self._config.micro_rows or rows
-        raise TrainingError(
-            f"Out of memory in a step: {rows} rows of {length} tokens at once are too much.",
-            f"Set micro_rows = {max(1, rows // 2)} (the result stays the same, a step takes a little longer), "
-            "a smaller row_length, or a smaller model. 'lexmill pretrain --plan' tells what a run needs.",
-        ) from error
 
 
 class _graceful_interrupt:

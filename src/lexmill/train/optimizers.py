@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lexmill.model.beginning import JUDGES, rate_factor
 from lexmill.model.spreading import placed_like, whole
+from lexmill.train.config import TrainConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, "Muon"
@@ -123,6 +124,18 @@ class OptimizerSet:
                 Muon(hidden, lr=matrix_learning_rate, weight_decay=weight_decay, dtype=_DTYPES[precision])
             )
         self._base = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+    @classmethod
+    def of_run(cls, model: Any, config: TrainConfig, precision: str) -> OptimizerSet:
+        """Those that a run with these settings has."""
+        return cls(
+            model,
+            kind=config.optimizer,
+            learning_rate=config.learning_rate,
+            matrix_learning_rate=config.matrix_learning_rate,
+            weight_decay=config.weight_decay,
+            precision=precision,
+        )
 
     def set_precision(self, precision: str) -> None:
         """Make Muon's products run in "float32" or "bfloat16"."""

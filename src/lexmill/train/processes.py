@@ -94,7 +94,7 @@ class Processes:
         """Say in plain words that another process ended, where torch speaks of sockets."""
         try:
             yield
-        except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
+        except RuntimeError as error:
             said = str(error).lower()
             if self.world == 1 or not any(
                 word in said for word in ("closed by peer", "reset by peer", "gloo", "nccl")
