@@ -211,3 +211,20 @@ def test_importing_the_room_is_light() -> None:
     code = "import lexmill.data.prepare, sys; print([m for m in ('pyarrow', 'resiliparse', 'markdown_it', 'torch') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_the_end_of_each_text_can_be_held_out(tmp_path: Path) -> None:
+    text = "".join(f"line {number}\n" for number in range(1000)).strip()
+    (tmp_path / "one.txt").write_text(text, "utf-8")
+    (tmp_path / "tiny.txt").write_text("x", "utf-8")
+    config = PrepareConfig(sources=(SourceConfig(path="*.txt"),), validation="end", validation_fraction=0.1)
+    train, validation = load(prepare(config, tmp_path / "out", tmp_path))
+    cut = round(0.9 * len(text))
+    assert [one.text for one in train] == [text[:cut], "x"]  # what is too short for two parts is learned from
+    assert [one.text for one in validation] == [text[cut:]]
+    assert len({one.id for one in (*train, *validation)}) == 3
+
+
+def test_chats_have_no_end_to_hold_out() -> None:
+    with pytest.raises(ConfigError, match="there are chats"):
+        PrepareConfig(sources=(SourceConfig(path="x", kind="chat"),), validation="end")

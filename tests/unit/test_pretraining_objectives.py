@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lexmill.data.shards import TokenShard
 from lexmill.errors import ConfigError, DataError, ModelError
 from lexmill.pretrain.masked import (
     ELSEWHERE,
@@ -24,6 +25,7 @@ from lexmill.pretrain.sentences import FlatSentences, split_sentences, tokenize_
 from lexmill.pretrain.shape import ShapeConfig
 from lexmill.pretrain.spans import SpanConfig, corrupt, plan_rows, plan_text
 from lexmill.pretrain.stage import PretrainConfig, pretrain
+from lexmill.progress import Progress
 from lexmill.tokenizer.training import TokenizerConfig, train_tokenizer
 from lexmill.train.batches import pack
 from lexmill.train.cross_entropy import linear_cross_entropy
@@ -51,6 +53,48 @@ def test_sentences_of_both_scripts():
     ]  # fmt: skip
     assert split_sentences("很好吃。下次还买！“真的？”是") == ["很好吃。", "下次还买！", "“真的？”", "是"]
     assert split_sentences("  \n ") == []
+
+
+def test_a_text_of_one_sentence_is_cut_between_its_clauses():
+    assert split_sentences("质量不错，快递很快、包装好 下次还买") == [
+        "质量不错，",
+        "快递很快、",
+        "包装好",
+        "下次还买",
+    ]
+    assert split_sentences("3,000 people came, and they left at 10:30") == [
+        "3,000 people came,", "and they left at 10:30",
+    ]  # fmt: skip
+    assert split_sentences("很好，真的。下次还买") == ["很好，真的。", "下次还买"]  # two sentences stay whole
+
+
+def test_token_shards_are_made_again_only_where_what_they_come_from_changed(
+    documents, wordpiece, unigram, tmp_path
+):
+    from lexmill.pretrain.lessons import tokenize_documents
+
+    def made(tokenizer):
+        tokenize_documents(documents, tokenizer, tmp_path / "tokens")
+        return (tmp_path / "tokens" / "train" / "tokens.bin").stat().st_mtime_ns
+
+    first = made(wordpiece)
+    assert made(wordpiece) == first
+    assert made(unigram) != first
+    assert made(wordpiece) != first
+    # a making that was cut short leaves nothing that says "these are the shards of ..."
+    with pytest.raises(RuntimeError, match="killed"):
+        tokenize_documents(documents, unigram, tmp_path / "tokens", progress=Killing())
+    made(wordpiece)
+    assert TokenShard.open(tmp_path / "tokens" / "train").tokenizer_sha256 == wordpiece.sha256
+
+
+class Killing(Progress):
+    """Ends the making of the second split."""
+
+    def task(self, label, total=None, unit="rows"):
+        if "validation" in label:
+            raise RuntimeError("killed")
+        return super().task(label, total, unit)
 
 
 def test_sentences_come_back_from_disk(sentences, documents, wordpiece):

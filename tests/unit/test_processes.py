@@ -90,3 +90,48 @@ def test_every_row_is_taken_once(rows, world, micro):
     assert len(parts) == 1  # as many in each: they meet at the end of the last
     assert sorted(taken) == sorted(map(tuple, batch.tokens))
     assert (batch.targets != IGNORED).all()  # a row that stands in is a copy
+
+
+RECIPE = """
+name = "together"
+steps = ["prepare", "tokenizer", "pretrain"]
+
+[prepare]
+validation_fraction = 0.2
+sources = [{ path = "*.txt" }]
+
+[tokenizer]
+vocab_size = 300
+
+[pretrain]
+steps = 6
+rows = 4
+precision = "float32"
+
+[pretrain.model]
+width = 32
+layers = 2
+heads = 2
+context = 32
+"""
+
+
+@pytest.mark.slow
+def test_a_recipe_runs_on_two_processes_as_on_one(tmp_path):
+    for number in range(12):
+        words = " ".join(f"word{(number * 7 + place) % 50}" for place in range(120))
+        (tmp_path / f"{number}.txt").write_text(words, "utf-8")
+    (tmp_path / "recipe.toml").write_text(RECIPE, "utf-8")
+    alone = [sys.executable, "-m", "lexmill"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    curves = []
+    for name, start in (("one", alone), ("two", [*launch, "-m", "lexmill"])):
+        out = tmp_path / name
+        command = [*start, "run", str(tmp_path / "recipe.toml"), "--out", str(out), "--set"]
+        done = subprocess.run([*command, "pretrain.device=cpu"], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("from raw text to a running model") == 1  # one process speaks for all
+        assert (out / "pretrain" / "model" / "model.safetensors").is_file()
+        lines = (out / "pretrain" / "metrics.jsonl").read_text().splitlines()
+        curves.append([line["loss"] for line in map(json.loads, lines) if "loss" in line])
+    assert len(curves[0]) == 6 and np.allclose(*curves, atol=2e-4)

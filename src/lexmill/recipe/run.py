@@ -148,7 +148,9 @@ def _run_step(recipe: Recipe, folder: Path, planned: Planned, progress: Progress
         "recipe": recipe.name,
         "data_sha256": _data_hash(folder),
     }
-    figures = together.make(step, Place(folder, work, recipe, progress, lineage))
+    place = Place(folder, work, recipe, progress, lineage)
+    together.call(step, place)
+    figures = kind.make(place)
     seconds = time.perf_counter() - started
     record_path(folder, step).unlink(missing_ok=True)
     outputs: dict[str, Any] = {}

@@ -20,11 +20,10 @@ def is_follower() -> bool:
     return process_rank() > 0
 
 
-def make(step: str, place: Place) -> dict[str, Any]:
-    """Do a step, with the others where it trains."""
+def call(step: str, place: Place) -> None:
+    """Bid the others do a step too, if it trains; the first process does it after this call."""
     if step in _TRAINING:
         _tell((step, str(place.run), str(place.work), place.lineage))
-    return STEP_KINDS[step].make(place)
 
 
 def dismiss() -> None:
