@@ -101,7 +101,7 @@ validation_fraction = 0.2
 sources = [{ path = "*.txt" }]
 
 [tokenizer]
-vocab_size = 300
+vocab_size = 260
 
 [pretrain]
 steps = 6

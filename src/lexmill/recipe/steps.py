@@ -232,7 +232,7 @@ def _export(place: Place) -> dict[str, Any]:
             export_gguf(directory, path, name)
             figures[f"{name.lower()} megabytes"] = round(path.stat().st_size / 1e6, 2)
             task.advance()
-    if directory.config.shape == "decoder":
+    if directory.config.shape == "decoder" and config.types:  # Ollama runs GGUF files only
         chosen = place.work / "export" / f"model-{config.ollama_type.lower()}.gguf"
         write_modelfile(directory, chosen, place.work / "export" / "Modelfile", config.system)
     return figures
