@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lexmill.errors import FileError, TrainingError
@@ -80,6 +80,7 @@ def plain_best_fit(sizes, rooms):
     sizes=st.lists(st.tuples(st.integers(1, 24), st.integers(1, 12)), min_size=1, max_size=60),
     decoder=st.booleans(),
 )
+@example(sizes=[(size, 1) for size in (1, 1, 1, 7, 9, 14, 16, 23, 23)], decoder=False)
 def test_rows_are_those_of_plain_best_fit(sizes, decoder):
     if not decoder:
         sizes = [(size, 0) for size, _ in sizes]

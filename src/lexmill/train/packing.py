@@ -100,6 +100,7 @@ class _Rows:
         if not bucket:
             self._rows += most
             return np.arange(self._rows - most, self._rows)
+        bucket.sort()  # among rows with equal room the first one, as plain best fit does it
         taken, kept = bucket[:most], bucket[most:]
         if kept:
             self._left[left][decoder_left] = kept

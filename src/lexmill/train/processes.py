@@ -6,8 +6,11 @@ import atexit
 import contextlib
 import datetime
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -91,20 +94,41 @@ class Processes:
 
     @contextlib.contextmanager
     def explain_loss_of_others(self) -> Iterator[None]:
-        """Say in plain words that another process ended, where torch speaks of sockets."""
+        """Say in plain words that another process ended, where torch speaks of sockets or torchrun of signals."""
+        if self.world == 1:
+            yield
+            return
+        with self._ended_by_torchrun():
+            try:
+                yield
+            except RuntimeError as error:
+                said = str(error).lower()
+                if not any(word in said for word in ("closed by peer", "reset by peer", "gloo", "nccl")):
+                    raise
+                raise self._lost_others() from error
+
+    @contextlib.contextmanager
+    def _ended_by_torchrun(self) -> Iterator[None]:
+        """SIGTERM is how torchrun ends those that remain, often before the connection tells of the loss."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def end(number: int, frame: FrameType | None) -> None:
+            raise self._lost_others()
+
+        before = signal.signal(signal.SIGTERM, end)
         try:
             yield
-        except RuntimeError as error:
-            said = str(error).lower()
-            if self.world == 1 or not any(
-                word in said for word in ("closed by peer", "reset by peer", "gloo", "nccl")
-            ):
-                raise
-            raise TrainingError(
-                f"Process {self.rank} of {self.world} lost the others: one of them was stopped or failed.",
-                "Its own message tells why. The same command goes on from the last checkpoint, "
-                "with as many processes or with another number.",
-            ) from error
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _lost_others(self) -> TrainingError:
+        return TrainingError(
+            f"Process {self.rank} of {self.world} lost the others: one of them was stopped or failed.",
+            "Its own message tells why. The same command goes on from the last checkpoint, "
+            "with as many processes or with another number.",
+        )
 
 
 def _leave() -> None:
