@@ -7,6 +7,8 @@ queries: at rows of some hundred tokens that is faster, forward and back, than t
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,7 @@ from lexmill.model.scope import Scope
 
 _LONGEST_IN_BLOCKS = 1024  # keys; beyond, the stored weights grow too large
 _BLOCK = 128  # queries
+_softmax_backward = torch.ops.aten._softmax_backward_data.out
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float) -> Tensor:
@@ -60,6 +63,11 @@ def _float_mask(scope: Scope, dtype: torch.dtype, queries: int, keys: int) -> Te
     return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
 
 
+@lru_cache(maxsize=8)
+def _above_diagonal(size: int, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
+
+
 class _Blocks(torch.autograd.Function):
     """Attention by plain products, a block of queries at a time; keeps the weights for the way back.
 
@@ -72,7 +80,7 @@ class _Blocks(torch.autograd.Function):
         groups, keys = heads // k.shape[1], k.shape[2]
         with torch.autocast(q.device.type, enabled=False):
             # heads that share keys lie behind each other, as more queries: (batch * kv_heads, groups, …)
-            queries = q.reshape(-1, groups, time, width)
+            queries = (q * scale).reshape(-1, groups, time, width)  # fewer numbers than the scores
             k, v = (part.reshape(-1, keys, width) for part in (k, v))
             out = torch.empty_like(queries)
             weights, ends = [], []
@@ -80,7 +88,7 @@ class _Blocks(torch.autograd.Function):
                 end = min(time, start + _BLOCK)
                 seen = end + keys - time if causal else keys
                 block = queries[:, :, start:end].reshape(-1, groups * (end - start), width)
-                scores = torch.bmm(block, k[:, :seen].mT).mul_(scale)
+                scores = torch.bmm(block, k[:, :seen].mT)
                 shaped = scores.view(batch, heads, end - start, seen)
                 if bias is not None:
                     shaped.add_(bias[:, :, start:end, :seen].to(scores.dtype))
@@ -88,10 +96,10 @@ class _Blocks(torch.autograd.Function):
                     shaped.masked_fill_(~mask[:, :, start:end, :seen], float("-inf"))
                 elif causal:
                     own = shaped[..., seen - (end - start) :]
-                    own.masked_fill_(~_lower_triangle(end - start, end - start, q.device), float("-inf"))
-                share = torch.softmax(scores, -1)
-                out[:, :, start:end] = torch.bmm(share, v[:, :seen]).view(-1, groups, end - start, width)
-                weights.append(share)
+                    own.masked_fill_(_above_diagonal(end - start, q.device), float("-inf"))
+                torch.softmax(scores, -1, out=scores)
+                out[:, :, start:end] = torch.bmm(scores, v[:, :seen]).view(-1, groups, end - start, width)
+                weights.append(scores)
                 ends.append((start, end, seen))
         ctx.save_for_backward(queries, k, v, *weights)
         ctx.ends, ctx.scale, ctx.shape = ends, scale, (batch, heads, time, width)
@@ -110,15 +118,21 @@ class _Blocks(torch.autograd.Function):
             for share, (start, end, seen) in zip(weights, ctx.ends):
                 flat = (-1, groups * (end - start), width)
                 block, down = queries[:, :, start:end].reshape(flat), gradient[:, :, start:end].reshape(flat)
-                dscores = torch._softmax_backward_data(
-                    torch.bmm(down, v[:, :seen].mT), share, -1, share.dtype
-                )
+                dscores = torch.bmm(down, v[:, :seen].mT)
+                _softmax_backward(dscores, share, -1, share.dtype, grad_input=dscores)
                 if dbias is not None:
                     shaped = dscores.view(batch, heads, end - start, seen)
                     dbias[0, :, start:end, :seen] += shaped.sum(0, dtype=torch.float32)
-                dscores.mul_(ctx.scale)
                 dv[:, :seen].baddbmm_(share.mT, down)
                 dk[:, :seen].baddbmm_(dscores.mT, block)
                 dq[:, :, start:end] = torch.bmm(dscores, k[:, :seen]).view(-1, groups, end - start, width)
         kv_shape = (batch, -1, keys, width)
-        return dq.view(ctx.shape), dk.view(kv_shape), dv.view(kv_shape), None, dbias, None, None
+        return (
+            dq.mul_(ctx.scale).view(ctx.shape),
+            dk.view(kv_shape),
+            dv.view(kv_shape),
+            None,
+            dbias,
+            None,
+            None,
+        )

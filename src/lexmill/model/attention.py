@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lexmill.model.attend import attend, attention_weights
 from lexmill.model.cache import LayerCache
 from lexmill.model.config import ModelConfig
+from lexmill.model.norms import RMSNorm
 from lexmill.model.positions import rotate
 from lexmill.model.scope import Scope
 
@@ -25,8 +26,8 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.width, key, bias=config.qkv_bias)
         self.out = nn.Linear(query, config.width, bias=config.out_bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
+            self.q_norm = RMSNorm(config.head_width, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_width, config.norm_eps)
         self.scale = config.head_width**-0.5 if config.scale_scores else 1.0
 
     def forward(
@@ -58,14 +59,12 @@ class Attention(nn.Module):
         weight = torch.cat([self.q.weight, self.k.weight, self.v.weight])
         bias = torch.cat([self.q.bias, self.k.bias, self.v.bias]) if config.qkv_bias else None
         qkv = F.linear(x, weight, bias).unflatten(-1, (-1, config.head_width))
-        qk, v = qkv.split([config.heads + config.kv_heads, config.kv_heads], dim=2)
+        q, k, v = qkv.split([config.heads, config.kv_heads, config.kv_heads], dim=2)
         if config.qk_norm:
-            q, k = qk[:, :, : config.heads], qk[:, :, config.heads :]
-            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
+            q, k = self.q_norm(q), self.k_norm(k)
         if scope.rotary is not None:
-            qk = rotate(qk, scope.rotary)
-        qk = qk.transpose(1, 2)
-        return qk[:, : config.heads], qk[:, config.heads :], v.transpose(1, 2)
+            q, k = rotate(q, scope.rotary), rotate(k, scope.rotary)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _look_at(self, memory: Tensor, x: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of one text, keys and values of another; the latter are made once and kept in the cache."""

@@ -9,14 +9,8 @@ from lexmill.model.attention import Attention
 from lexmill.model.cache import LayerCache
 from lexmill.model.config import ModelConfig
 from lexmill.model.mlp import MLP
+from lexmill.model.norms import make_norm
 from lexmill.model.scope import Record, Scope
-
-
-def make_norm(config: ModelConfig) -> nn.Module:
-    """RMS norm (Zhang & Sennrich 2019) or layer norm (Ba et al. 2016), over the width."""
-    if config.norm == "rms":
-        return nn.RMSNorm(config.width, eps=config.norm_eps)
-    return nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.norm_bias)
 
 
 class Block(nn.Module):

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lexmill.model.block import make_norm
 from lexmill.model.config import ModelConfig
 from lexmill.model.mlp import ACTIVATIONS
+from lexmill.model.norms import make_norm
 from lexmill.model.scope import Record
 from lexmill.model.stack import Stack
 from lexmill.model.transformer import Transformer

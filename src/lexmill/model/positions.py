@@ -33,18 +33,20 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        # in memory each head's positions lie together, as attention's products want them
+        return _turn(x, cos, sin, heads_first=True)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _turn(gradient, cos, -sin), None, None
+        return _turn(gradient, cos, -sin, heads_first=False), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, heads_first: bool) -> Tensor:
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    batch, time, heads, width = x.shape
+    out = x.new_empty(batch, heads, time, width).transpose(1, 2) if heads_first else x.new_empty(x.shape)
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
     return out

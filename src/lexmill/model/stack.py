@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lexmill.model.block import Block, make_norm
+from lexmill.model.block import Block
 from lexmill.model.cache import Cache
 from lexmill.model.config import ModelConfig
+from lexmill.model.norms import make_norm
 from lexmill.model.positions import RelativeBias, rotary_table
 from lexmill.model.scope import Record, Scope, window_mask
 

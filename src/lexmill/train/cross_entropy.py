@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 _ROWS = 1024  # positions whose logits exist at the same time
+_CACHED = 1 << 18  # logits that are worked on at once on a CPU, so that they stay in its cache
+_FEWEST = 8  # positions of them, however large the vocabulary
 
 
 def linear_cross_entropy(
@@ -47,29 +49,28 @@ def _logits(hidden: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """The logits of a part turn into their gradient where they lie; a few rows at a time are float32."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, dtype):  # type: ignore[override]
         with torch.autocast(hidden.device.type, enabled=False):
             inputs, matrix = hidden.to(dtype), weight.to(dtype)
-            columns = matrix.mT
             to_hidden, to_weight = torch.empty_like(inputs), torch.zeros_like(weight, dtype=torch.float32)
             to_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
             total = hidden.new_zeros((), dtype=torch.float32)
+            fitting = _ROWS if hidden.is_cuda else max(_CACHED // len(weight), _FEWEST)
             for start in range(0, len(inputs), _ROWS):
-                rows = slice(start, start + _ROWS)
-                logprobs = torch.log_softmax(_logits(inputs[rows], columns, bias), -1)
-                index = targets[rows, None]
-                total -= logprobs.gather(1, index).sum()
-                gradient = logprobs.exp_()  # softmax minus one at the target
-                gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
-                if to_bias is not None:
-                    to_bias += gradient.sum(0)
-                gradient = gradient.to(dtype)
-                torch.mm(gradient, matrix, out=to_hidden[rows])
+                part = inputs[start : start + _ROWS]
+                logits = torch.mm(part, matrix.mT)
+                for first in range(0, len(part), fitting):
+                    rows = logits[first : first + fitting]
+                    wanted = targets[start + first : start + first + len(rows), None]
+                    total += _to_gradient(rows, wanted, bias, to_bias)
+                torch.mm(logits, matrix, out=to_hidden[start : start + _ROWS])
                 if dtype == torch.float32:
-                    to_weight.addmm_(gradient.mT, inputs[rows])
+                    to_weight.addmm_(logits.mT, part)
                 else:
-                    to_weight += torch.mm(gradient.mT, inputs[rows])
+                    to_weight += torch.mm(logits.mT, part)
         ctx.save_for_backward(to_hidden, to_weight, to_bias)
         ctx.dtypes = hidden.dtype, weight.dtype
         return total
@@ -80,3 +81,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight = ctx.dtypes
         bias = None if to_bias is None else to_bias * scale
         return to_hidden.to(hidden) * scale, to_weight.to(weight) * scale, None, bias, None
+
+
+def _to_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None, to_bias: Tensor | None) -> Tensor:
+    """Put the gradient of the cross-entropy in the place of some logits; returns its sum.
+
+    Args:
+        logits: (n, vocabulary), without `bias`.
+        targets: (n, 1).
+        to_bias: the bias's gradient is added to it.
+    """
+    exact = logits.float()  # the logits themselves where they are float32
+    if bias is not None:
+        exact += bias
+    torch.log_softmax(exact, -1, out=exact)
+    lost = -exact.gather(1, targets).sum()
+    exact.exp_().scatter_add_(1, targets, exact.new_full(targets.shape, -1.0))  # less one at the target
+    if to_bias is not None:
+        to_bias += exact.sum(0)
+    if exact is not logits:
+        logits.copy_(exact)
+    return lost

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import gc
 import os
 import signal
 import threading
@@ -132,6 +133,8 @@ class Processes:
 
 
 def _leave() -> None:
+    # what still holds the group keeps its threads alive; one that drops a tensor while Python ends aborts
+    gc.collect()
     with contextlib.suppress(Exception):  # others may be gone already
         dist.destroy_process_group()
 
