@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
 RECIPE = ROOT / "recipes/shakespeare-char.toml"
 
 
@@ -30,44 +31,10 @@ def nanogpt(text: str) -> dict:
     """Train nanoGPT's setting; returns its seconds and its validation loss."""
     import numpy as np
     import torch
-    import torch.nn.functional as F
+    from peers import NanoGPT
     from torch import nn
 
-    width, heads, layers, length, rows, steps = 128, 4, 4, 64, 12, 2000
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.mlp_norm = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-            self.qkv = nn.Linear(width, 3 * width, bias=False)
-            self.out = nn.Linear(width, width, bias=False)
-            self.up = nn.Linear(width, 4 * width, bias=False)
-            self.down = nn.Linear(4 * width, width, bias=False)
-
-        def forward(self, x):
-            batch, time_, _ = x.shape
-            parts = self.qkv(self.norm(x)).split(width, 2)
-            q, k, v = (part.view(batch, time_, heads, -1).transpose(1, 2) for part in parts)
-            gathered = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.out(gathered.transpose(1, 2).reshape(batch, time_, width))
-            return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
-
-    class GPT(nn.Module):
-        def __init__(self, vocabulary: int) -> None:
-            super().__init__()
-            self.embed, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-            self.blocks = nn.ModuleList(Block() for _ in range(layers))
-            self.norm = nn.LayerNorm(width, bias=False)
-            for name, weight in self.named_parameters():
-                if weight.dim() > 1:
-                    last = name.endswith(("out.weight", "down.weight"))
-                    nn.init.normal_(weight, 0.0, 0.02 / math.sqrt(2 * layers) if last else 0.02)
-
-        def forward(self, tokens):
-            x = self.embed(tokens) + self.places.weight[: tokens.shape[1]]
-            for block in self.blocks:
-                x = block(x)
-            return F.linear(self.norm(x), self.embed.weight)
+    length, rows, steps = 64, 12, 2000
 
     def rate(step: int) -> float:
         if step < 100:
@@ -76,14 +43,8 @@ def nanogpt(text: str) -> dict:
 
     train, held_out, characters = _split(text)
     torch.manual_seed(1337)
-    model = GPT(characters)
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    others = [weight for weight in model.parameters() if weight.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=1e-3,
-        betas=(0.9, 0.99),
-    )
+    model = NanoGPT(characters, width=128, layers=4, heads=4, length=length)
+    optimizer = model.optimizer(1e-3)
     random, seconds = np.random.default_rng(0), 0.0
     for step in range(steps):
         start = time.perf_counter()
@@ -91,7 +52,7 @@ def nanogpt(text: str) -> dict:
             group["lr"] = rate(step)
         places = random.integers(0, len(train) - length, rows)
         batch = torch.from_numpy(np.stack([train[place : place + length + 1] for place in places]))
-        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        loss = model.loss(batch[:, :-1], batch[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,11 +1,13 @@
-"""Tokens a second of lexmill's pretraining step against transformers' `LlamaForCausalLM` with AdamW.
+"""Tokens a second of lexmill's training step against transformers' classes and nanoGPT's model, for all three shapes.
 
-Both sides have the same shape, batch and machine, run in one process each, interleaved, and the
-median of the paired ratios is quoted. Also prints the machine's matrix-product peak measured in
-the same run, and, with --loss SECONDS, what loss each side reaches on the shipped novels in equal time.
+Every side has the same shape, batch and machine and trains in a process of its own; steps of all sides
+are interleaved, and the median of the paired ratios against each peer's better precision is quoted. The
+same run measures the machine's matrix products: the largest rate of square ones, and those of the step's
+own weights alone, without anything else; what a step reaches of the latter is printed.
 
     python bench/training.py
-    python bench/training.py --pairs 3 --loss 120
+    python bench/training.py decoder wide --pairs 6
+    python bench/training.py decoder --loss 60      # also the loss after a minute of each side
 """
 
 from __future__ import annotations
@@ -16,236 +18,354 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPE = {
-    "vocab_size": 4096,
-    "width": 256,
-    "layers": 6,
-    "heads": 4,
-    "kv_heads": 4,
-    "head_width": 64,
-    "mlp_width": 768,
+sys.path.insert(0, str(Path(__file__).parent))
+ROWS, LENGTH, WRITTEN = 16, 256, 64
+MASKED = 0.15  # of an encoder's tokens are targets
+# Name to the model's shape, and the size of its vocabulary.
+SHAPES: dict[str, tuple[dict[str, Any], int]] = {
+    "decoder": ({"family": "llama", "width": 256, "layers": 6, "heads": 4}, 4096),
+    "encoder": ({"family": "bert", "width": 256, "layers": 6, "heads": 4}, 4096),
+    "encoder-decoder": ({"family": "t5", "width": 256, "layers": 4, "heads": 4}, 4096),
+    "wide": ({"family": "llama", "width": 512, "layers": 8, "heads": 8}, 8192),
 }
-ROWS, LENGTH = 16, 256
+OURS = ("lexmill-adamw", "lexmill-muon")
+PEERS = {
+    "decoder": ("transformers", "nanogpt"),
+    "encoder": ("transformers",),
+    "encoder-decoder": ("transformers",),
+    "wide": ("transformers", "nanogpt"),
+}
+PRECISIONS = ("float32", "bfloat16")
 
 
-def config():
-    from lexmill.model.config import ModelConfig
+def config(shape: str):
+    from lexmill.pretrain.shape import ShapeConfig
 
-    return ModelConfig(**SHAPE, context=LENGTH)
+    values, vocabulary = SHAPES[shape]
+    heads = {"mlm": True, "mlm_bias": True} if values["family"] == "bert" else {}
+    return ShapeConfig(**values, context=LENGTH).with_vocabulary(vocabulary, **heads)
 
 
-def flops_per_step(tokens: int) -> float:
-    """Multiply-adds counted as two, forward and back (`lexmill.train.cost`)."""
+def batches(shape: str):
+    """Batches of full rows of random tokens, without end."""
+    import numpy as np
+
+    from lexmill.train.batches import Batch
+    from lexmill.train.examples import IGNORED
+
+    random, vocabulary = np.random.default_rng(0), SHAPES[shape][1]
+    positions = np.tile(np.arange(LENGTH), (ROWS, 1))
+    document = np.zeros((ROWS, LENGTH), np.int64)
+    while True:
+        ids = random.integers(0, vocabulary, (ROWS, LENGTH + 1))
+        tokens, written = ids[:, :-1], random.integers(0, vocabulary, (ROWS, WRITTEN + 1))
+        if shape == "encoder":
+            masked = random.random((ROWS, LENGTH)) < MASKED
+            yield Batch(tokens, np.where(masked, ids[:, 1:], IGNORED), positions, document)
+        elif shape == "encoder-decoder":
+            side = {"decoder_tokens": written[:, :-1], "decoder_document": document[:, :WRITTEN]}
+            yield Batch(tokens, written[:, 1:], positions, document, **side)
+        else:
+            yield Batch(tokens, ids[:, 1:], positions, document)
+
+
+def work(shape: str) -> float:
+    """Floating-point operations of a step (`lexmill.train.cost`)."""
     from lexmill.train.cost import Row, row_flops
 
-    return row_flops(config(), Row(LENGTH, LENGTH)).total * tokens / LENGTH
+    written = WRITTEN if shape == "encoder-decoder" else 0
+    targets = {"encoder": MASKED * LENGTH, "encoder-decoder": WRITTEN}.get(shape, LENGTH)
+    return ROWS * row_flops(config(shape), Row(LENGTH, targets, written)).total
 
 
-def our_side(optimizer: str):
-    """A function that does one step on a batch of ids, and the precision it runs in."""
-    from lexmill.devices import keep_freed_memory
+def our_side(shape: str, optimizer: str) -> tuple[Callable[[Any], float], str]:
+    """A function that does one step on a batch, and the precision it runs in."""
+    from lexmill.cli.options import begin_computing
 
-    keep_freed_memory()
-    import numpy as np
+    begin_computing()
     from torch import nn
 
-    from lexmill.model.decoder import Decoder
-    from lexmill.train.batches import Batch
-    from lexmill.train.causal import causal_loss
+    from lexmill.model.build import build_model
+    from lexmill.pretrain.masked import masked_loss
+    from lexmill.train.causal import causal_loss, sequence_loss
     from lexmill.train.optimizers import OptimizerSet
     from lexmill.train.precision import autocast, choose_precision
 
-    model = Decoder(config())
+    model = build_model(config(shape))
     model.initialise(0)
     precision = choose_precision()
-    rate = 3e-3 if optimizer == "muon" else 1e-3
     optimizers = OptimizerSet(
         model,
         kind=optimizer,
-        learning_rate=rate,
+        learning_rate=3e-3 if optimizer == "muon" else 1e-3,
         matrix_learning_rate=0.02,
         weight_decay=0.0,
         precision=precision,
     )
-    positions = np.tile(np.arange(LENGTH), (ROWS, 1))
-    document = np.zeros((ROWS, LENGTH), np.int64)
+    objective = {"encoder": masked_loss, "encoder-decoder": sequence_loss}.get(shape, causal_loss)
 
-    def step(ids) -> float:
-        batch = Batch(ids[:, :-1], ids[:, 1:], positions, document)
+    def step(batch) -> float:
         with autocast(precision):
-            loss = causal_loss(model, batch).sums["tokens"] / batch.counts["tokens"]
+            loss = objective(model, batch).sums["tokens"] / batch.counts["tokens"]
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(1.0)
         return float(loss.detach())
 
-    return step, f"lexmill, {optimizer}, {precision}"
+    return step, precision
 
 
-def their_side(precision: str):
-    """The same with transformers, torch's AdamW and, for bfloat16, autocast."""
+def peer_side(shape: str, peer: str, precision: str) -> tuple[Callable[[Any], float], str]:
+    """The same with a peer's model and loss, torch's AdamW and, for bfloat16, autocast, as a Trainer does it."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from peers import NanoGPT, transformers_model
 
-    torch.manual_seed(0)
-    values = config().to_huggingface()
-    values.pop("architectures")
-    values.pop("model_type")
-    model = LlamaForCausalLM(LlamaConfig(**values))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
+    values, vocabulary = SHAPES[shape]
+    if peer == "nanogpt":
+        model = NanoGPT(vocabulary, values["width"], values["layers"], values["heads"], LENGTH)
+        optimizer = model.optimizer(1e-3)
+    else:
+        model = transformers_model(config(shape))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
 
-    def step(ids) -> float:
-        tokens = torch.from_numpy(ids[:, :-1].copy())
-        targets = torch.from_numpy(ids[:, 1:].copy())
+    def loss_of(batch):
+        tokens, targets = batch.tensor("tokens"), batch.tensor("targets")
+        if peer == "nanogpt":
+            return model.loss(tokens, targets)
+        if shape == "encoder":
+            return model(input_ids=tokens, labels=targets).loss
+        if shape == "encoder-decoder":
+            return model(
+                input_ids=tokens, decoder_input_ids=batch.tensor("decoder_tokens"), labels=targets
+            ).loss
+        # it shifts labels by itself: the last target is lost, one of 256
+        return model(input_ids=tokens, labels=tokens).loss
+
+    def step(batch) -> float:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-            logits = model(tokens).logits
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            loss = loss_of(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return float(loss.detach())
 
-    return step, f"transformers, AdamW, {precision}"
+    return step, precision
 
 
-SIDES = {
-    "lexmill-adamw": lambda: our_side("adamw"),
-    "lexmill-muon": lambda: our_side("muon"),
-    "transformers-float32": lambda: their_side("float32"),
-    "transformers-bfloat16": lambda: their_side("bfloat16"),
-}
+def products_side(shape: str) -> tuple[Callable[[Any], float], str]:
+    """The products of a decoder's step and nothing else: of each weight one forward and two back."""
+    from lexmill.cli.options import begin_computing
+
+    begin_computing()
+    import torch
+
+    from lexmill.model.names import weight_shapes
+    from lexmill.train.precision import choose_precision
+
+    precision = choose_precision()
+    dtype = getattr(torch, precision)
+    weights = [
+        torch.randn(size).to(dtype) for size in weight_shapes(config(shape)).values() if len(size) == 2
+    ]
+    states = {
+        width: torch.randn(ROWS * LENGTH, width).to(dtype) for weight in weights for width in weight.shape
+    }
+
+    def step(batch) -> float:
+        for weight in weights:
+            out, into = weight.shape
+            torch.mm(states[into], weight.mT)
+            torch.mm(states[out], weight)
+            torch.mm(states[out].mT, states[into])
+        return 0.0
+
+    return step, precision
 
 
-def child(name: str) -> None:
+def make_side(shape: str, name: str) -> tuple[Callable[[Any], float], str]:
+    kind, _, variant = name.partition("-")
+    if kind == "products":
+        return products_side(shape)
+    return our_side(shape, variant) if kind == "lexmill" else peer_side(shape, kind, variant)
+
+
+def child(shape: str, name: str) -> None:
     """One side in its own process: for each line on standard input, time that many steps and tell."""
-    import numpy as np
-
-    step, label = SIDES[name]()
-    random = np.random.default_rng(0)
-
-    def batch():
-        return random.integers(0, SHAPE["vocab_size"], (ROWS, LENGTH + 1))
-
-    step(batch())
-    print(json.dumps({"label": label}), flush=True)
+    step, precision = make_side(shape, name)
+    source = batches(shape)
+    step(next(source))
+    print(json.dumps({"precision": precision}), flush=True)
     for line in sys.stdin:
-        ids = [batch() for _ in range(int(line))]
+        some = [next(source) for _ in range(int(line))]
         start = time.perf_counter()
-        for one in ids:
-            step(one)
-        print(json.dumps({"seconds": (time.perf_counter() - start) / len(ids)}), flush=True)
+        for batch in some:
+            step(batch)
+        print(json.dumps({"seconds": (time.perf_counter() - start) / len(some)}), flush=True)
 
 
 class Side:
     """A child process that waits, without computing, until it is asked for steps."""
 
-    def __init__(self, name: str) -> None:
-        command = [sys.executable, __file__, "--child", name]
+    def __init__(self, shape: str, name: str) -> None:
+        command = [sys.executable, __file__, shape, "--child", name]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.label = json.loads(self._process.stdout.readline())["label"]
+        self.name, self.precision = name, self._read()["precision"]
         self.seconds: list[float] = []
+
+    def _read(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.name} ended; its message stands above.")
+        return json.loads(line)
 
     def time(self, steps: int) -> float:
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
-        self.seconds.append(json.loads(self._process.stdout.readline())["seconds"])
+        self.seconds.append(self._read()["seconds"])
         return self.seconds[-1]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
 
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
 
 
-def peak_gflops() -> float:
-    """The machine's matrix-product peak in float32."""
-    import torch
-
-    from lexmill.train.precision import matmul_gflops
-
-    return max(matmul_gflops(torch.float32, size, 1.0) for size in (512, 1024))
-
-
-def compare_speed(pairs: int, steps: int) -> str:
-    """Interleave all sides, print rates and paired ratios; returns the faster of transformers' sides."""
-    from lexmill.devices import this_machine, threads
-
-    machine = this_machine()
-    peak = peak_gflops()
-    print(f"{machine.cpu}, {machine.cpu_class} ({' '.join(machine.features)}), {threads()} threads")
-    print(f"matrix products reach {peak:.0f} GFLOP/s in float32 in this run")
-    sides = {name: Side(name) for name in SIDES}
-    slow = sides["transformers-bfloat16"].time(1) > 4 * sides["transformers-float32"].time(1)
-    sides["transformers-float32"].seconds.clear()
-    if not slow:
-        sides["transformers-bfloat16"].seconds.clear()
-    for _ in range(pairs):
-        for name, side in sides.items():
-            # where bfloat16 is emulated a step takes a minute, and once is enough to know it
-            if not (slow and name == "transformers-bfloat16"):
-                side.time(steps)
-    work = flops_per_step(ROWS * LENGTH)
+def compare_speed(shape: str, pairs: int, steps: int) -> dict[str, Any]:
+    """Interleave all sides, print rates and paired ratios, and return them."""
+    names = [*OURS, *(f"{peer}-{precision}" for peer in PEERS[shape] for precision in PRECISIONS)]
+    if PEERS[shape] != ("transformers",):
+        names.append("products")
+    sides = {name: Side(shape, name) for name in names}
+    for peer in PEERS[shape]:
+        # where bfloat16 is emulated a step takes a minute: once is enough to know it
+        first = {precision: sides[f"{peer}-{precision}"].time(1) for precision in PRECISIONS}
+        if first["bfloat16"] > 4 * first["float32"]:
+            sides.pop(f"{peer}-bfloat16").close()
     for side in sides.values():
-        seconds = statistics.median(side.seconds)
-        print(
-            f"{side.label:<34} {ROWS * LENGTH / seconds:>8,.0f} tokens/s  {work / seconds / 1e9:>6.1f} GFLOP/s"
-            f"  {100 * work / seconds / 1e9 / peak:>3.0f} % of peak"
-        )
-    names = ("transformers-float32", "transformers-bfloat16")
-    better = min(names, key=lambda name: statistics.median(sides[name].seconds))
-    for ours in ("lexmill-adamw", "lexmill-muon"):
-        ratios = [theirs / mine for theirs, mine in zip(sides[better].seconds, sides[ours].seconds)]
-        print(f"{ours}: {statistics.median(ratios):.2f} times {better} (median of {pairs} paired ratios)")
+        side.seconds.clear()
+    for _ in range(pairs):
+        for side in sides.values():
+            side.time(steps)
+    tokens = ROWS * (LENGTH + (WRITTEN if shape == "encoder-decoder" else 0))
+    flops = work(shape)
+    print(f"\n{shape}: {config(shape).parameters:,} parameters, {tokens:,} tokens a step")
+    for name, side in sides.items():
+        if name != "products":
+            rate = f"{tokens / side.median:>9,.0f} tokens/s {flops / side.median / 1e9:>8,.0f} GFLOP/s"
+            print(f"  {name:<24} {side.precision:<9} {1000 * side.median:>8,.0f} ms {rate}")
+    found: dict[str, Any] = {
+        "tokens_per_second": {name: tokens / side.median for name, side in sides.items()}
+    }
+    for ours in OURS:
+        for peer in PEERS[shape]:
+            rivals = [side for name, side in sides.items() if name.startswith(peer)]
+            better = min(rivals, key=lambda side: side.median)
+            ratio = statistics.median(
+                theirs / mine for theirs, mine in zip(better.seconds, sides[ours].seconds)
+            )
+            found[f"{ours} against {peer}"] = ratio
+            print(f"  {ours}: {ratio:.2f} times {better.name} (median of {pairs} paired ratios)")
+    if "products" in sides:
+        matrices = 6 * ROWS * LENGTH * _products(shape)
+        alone = matrices / sides["products"].median
+        found["products_gflops"] = alone / 1e9
+        for ours in OURS:
+            share = flops / sides[ours].median / alone
+            found[f"{ours} share of products"] = share
+            print(f"  {ours}: {100 * share:.0f} % of its products' own {alone / 1e9:,.0f} GFLOP/s")
     for side in sides.values():
         side.close()
-    return better
+    return found
 
 
-def compare_loss(seconds: float, theirs: str) -> None:
-    """Train each side on the same stream of the shipped novels for the same time; print the last losses."""
+def _products(shape: str) -> int:
+    from lexmill.model.names import weight_shapes
+
+    return sum(size[0] * size[1] for size in weight_shapes(config(shape)).values() if len(size) == 2)
+
+
+def compare_loss(shape: str, seconds: float) -> None:
+    """Train a decoder of each side on the same stream of the shipped novels for the same time; print the losses."""
     import numpy as np
 
     from lexmill.data.cleaning import normalise, unwrap_paragraphs
     from lexmill.tokenizer.training import TokenizerConfig, train_tokenizer
+    from lexmill.train.batches import Batch
 
     texts = [
         unwrap_paragraphs(normalise(path.read_text("utf-8")))
         for path in sorted((ROOT / "corpora/austen").glob("*.txt"))
     ]
-    tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=SHAPE["vocab_size"]))
+    tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=SHAPES[shape][1]))
     stream = np.concatenate([np.array(tokenizer.encode(text, special=False)) for text in texts])
-    for name in ("lexmill-muon", theirs):
-        step, label = SIDES[name]()
+    positions = np.tile(np.arange(LENGTH), (ROWS, 1))
+    document = np.zeros((ROWS, LENGTH), np.int64)
+    for name in (
+        "lexmill-muon",
+        *(f"{peer}-{precision}" for peer in PEERS[shape] for precision in PRECISIONS),
+    ):
+        step, precision = make_side(shape, name)
         random = np.random.default_rng(0)
         losses, spent = [], 0.0
         while spent < seconds:
             starts = random.integers(0, len(stream) - LENGTH - 1, ROWS)
             ids = np.stack([stream[start : start + LENGTH + 1] for start in starts]).astype(np.int64)
             begin = time.perf_counter()
-            losses.append(step(ids))
+            losses.append(step(Batch(ids[:, :-1], ids[:, 1:], positions, document)))
             spent += time.perf_counter() - begin
         tail = statistics.mean(losses[-10:])
         print(
-            f"{label:<34} {len(losses):>4} steps in {spent:.0f} s, mean training loss of the last ten {tail:.3f}"
+            f"  {name:<24} {precision:<9} {len(losses):>5} steps in {spent:.0f} s, mean loss of the last ten {tail:.3f}"
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shapes", nargs="*", help=f"any of {', '.join(SHAPES)}; all when not given")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--steps", type=int, default=2, help="steps of each side in a pair")
-    parser.add_argument("--loss", type=float, metavar="SECONDS", help="also compare the loss at equal time")
-    parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--loss", type=float, metavar="SECONDS", help="also a decoder's loss at equal time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if unknown := set(arguments.shapes) - set(SHAPES):
+        parser.error(f"unknown shape {', '.join(unknown)}; there are {', '.join(SHAPES)}")
+    shapes = arguments.shapes or list(SHAPES)
     if arguments.child:
-        child(arguments.child)
+        child(shapes[0], arguments.child)
         return
-    better = compare_speed(arguments.pairs, arguments.steps)
-    if arguments.loss:
-        compare_loss(arguments.loss, better)
+    from lexmill.devices import this_machine, threads
+
+    machine = this_machine()
+    import torch
+
+    from lexmill.train.precision import matmul_gflops
+
+    print(f"{machine.cpu}, {machine.cpu_class} ({' '.join(machine.features)}), {threads()} threads")
+    peaks = {
+        str(dtype).split(".")[1]: matmul_gflops(dtype, 1024, 1.0) for dtype in (torch.float32, torch.bfloat16)
+    }
+    print(
+        "square products reach " + ", ".join(f"{rate:,.0f} GFLOP/s in {name}" for name, rate in peaks.items())
+    )
+    found = {shape: compare_speed(shape, arguments.pairs, arguments.steps) for shape in shapes}
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"cpu": machine.cpu, "class": machine.cpu_class, **found}, indent=2)
+        )
+    for shape in shapes if arguments.loss else ():
+        if SHAPES[shape][0]["family"] == "llama":
+            print(f"\n{shape}: loss at equal time")
+            compare_loss(shape, arguments.loss)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lexmill.model import mlp, norms
-from lexmill.model.mlp import ACTIVATIONS, MLP
+from lexmill.model import norms
 from lexmill.model.norms import RMSNorm
 from lexmill.train.cross_entropy import linear_cross_entropy
 
@@ -14,7 +13,6 @@ from lexmill.train.cross_entropy import linear_cross_entropy
 def small_parts(monkeypatch):
     """Parts of three rows, so that every loop runs more than once and ends in a shorter one."""
     monkeypatch.setattr(norms, "_CACHED", 3 * 24)
-    monkeypatch.setattr(mlp, "_CACHED", 3 * 24)
 
 
 def gradients(function, inputs, dtype):
@@ -55,19 +53,6 @@ def test_rms_norm():
         assert agree(half, expected[:2], 0.03)
     with torch.no_grad():
         assert torch.allclose(ours(x, weight), plain(x, weight))
-
-
-@pytest.mark.parametrize("name", sorted(mlp._KERNELS))
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 0.03)])
-def test_gated_mlp(name, dtype, tolerance):
-    gate, up = 2 * torch.randn(2, 4, 24), torch.randn(2, 4, 24)
-    gated = MLP.__new__(MLP)
-    torch.nn.Module.__init__(gated)
-    gated.activation, gated.kernels = ACTIVATIONS[name], mlp._KERNELS[name]
-    found = gradients(gated._gated, (gate, up), dtype)
-    assert agree(
-        found, gradients(lambda gate, up: ACTIVATIONS[name](gate) * up, (gate, up), torch.float64), tolerance
-    )
 
 
 @pytest.mark.parametrize("biased", [False, True])
