@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lexmill.model.kernels import KERNELS, fits
 from lexmill.model.scope import Scope
 
 _LONGEST_IN_BLOCKS = 1024  # keys; beyond, the stored weights grow too large
@@ -68,6 +69,18 @@ def _above_diagonal(size: int, device: torch.device) -> Tensor:
     return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
 
 
+def _hide(scores: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool, rows: slice) -> None:
+    """Add the bias to some queries' scores, (batch, heads, queries, keys), and hide what they must not see."""
+    queries, keys = scores.shape[2:]
+    if bias is not None:
+        scores.add_(bias[:, :, rows, :keys].to(scores.dtype))
+    if mask is not None:
+        scores.masked_fill_(~mask[:, :, rows, :keys], float("-inf"))
+    elif causal:
+        own = scores[..., keys - queries :]
+        own.masked_fill_(_above_diagonal(queries, scores.device), float("-inf"))
+
+
 class _Blocks(torch.autograd.Function):
     """Attention by plain products, a block of queries at a time; keeps the weights for the way back.
 
@@ -80,7 +93,9 @@ class _Blocks(torch.autograd.Function):
         groups, keys = heads // k.shape[1], k.shape[2]
         with torch.autocast(q.device.type, enabled=False):
             # heads that share keys lie behind each other, as more queries: (batch * kv_heads, groups, …)
-            queries = (q * scale).reshape(-1, groups, time, width)  # fewer numbers than the scores
+            compiled = KERNELS is not None and mask is None and bias is None and fits(q)
+            # scores are scaled in the softmax, or else the queries: they are fewer
+            queries = (q if compiled else q * scale).reshape(-1, groups, time, width)
             k, v = (part.reshape(-1, keys, width) for part in (k, v))
             out = torch.empty_like(queries)
             weights, ends = [], []
@@ -89,20 +104,19 @@ class _Blocks(torch.autograd.Function):
                 seen = end + keys - time if causal else keys
                 block = queries[:, :, start:end].reshape(-1, groups * (end - start), width)
                 scores = torch.bmm(block, k[:, :seen].mT)
-                shaped = scores.view(batch, heads, end - start, seen)
-                if bias is not None:
-                    shaped.add_(bias[:, :, start:end, :seen].to(scores.dtype))
-                if mask is not None:
-                    shaped.masked_fill_(~mask[:, :, start:end, :seen], float("-inf"))
-                elif causal:
-                    own = shaped[..., seen - (end - start) :]
-                    own.masked_fill_(_above_diagonal(end - start, q.device), float("-inf"))
-                torch.softmax(scores, -1, out=scores)
+                if compiled:
+                    assert KERNELS is not None
+                    KERNELS.softmax(scores, end - start, scale, causal=causal)
+                else:
+                    shaped = scores.view(batch, heads, end - start, seen)
+                    _hide(shaped, mask, bias, causal, slice(start, end))
+                    torch.softmax(scores, -1, out=scores)
                 out[:, :, start:end] = torch.bmm(scores, v[:, :seen]).view(-1, groups, end - start, width)
                 weights.append(scores)
                 ends.append((start, end, seen))
         ctx.save_for_backward(queries, k, v, *weights)
         ctx.ends, ctx.scale, ctx.shape = ends, scale, (batch, heads, time, width)
+        ctx.compiled = compiled
         ctx.bias_shape = None if bias is None or not bias.requires_grad else bias.shape
         return out.view(batch, heads, time, width)
 
@@ -119,20 +133,18 @@ class _Blocks(torch.autograd.Function):
                 flat = (-1, groups * (end - start), width)
                 block, down = queries[:, :, start:end].reshape(flat), gradient[:, :, start:end].reshape(flat)
                 dscores = torch.bmm(down, v[:, :seen].mT)
-                _softmax_backward(dscores, share, -1, share.dtype, grad_input=dscores)
+                if ctx.compiled:
+                    assert KERNELS is not None
+                    KERNELS.softmax_back(share, dscores, ctx.scale)
+                else:
+                    _softmax_backward(dscores, share, -1, share.dtype, grad_input=dscores)
                 if dbias is not None:
                     shaped = dscores.view(batch, heads, end - start, seen)
                     dbias[0, :, start:end, :seen] += shaped.sum(0, dtype=torch.float32)
                 dv[:, :seen].baddbmm_(share.mT, down)
                 dk[:, :seen].baddbmm_(dscores.mT, block)
                 dq[:, :, start:end] = torch.bmm(dscores, k[:, :seen]).view(-1, groups, end - start, width)
-        kv_shape = (batch, -1, keys, width)
-        return (
-            dq.mul_(ctx.scale).view(ctx.shape),
-            dk.view(kv_shape),
-            dv.view(kv_shape),
-            None,
-            dbias,
-            None,
-            None,
-        )
+        if not ctx.compiled:
+            dq.mul_(ctx.scale)
+        dk, dv = (part.view(batch, -1, keys, width) for part in (dk, dv))
+        return dq.view(ctx.shape), dk, dv, None, dbias, None, None

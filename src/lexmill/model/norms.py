@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexmill.model.config import ModelConfig
+from lexmill.model.kernels import KERNELS
 
 _CACHED = 1 << 17  # numbers that training works on at once, so that they stay in a core's cache
 
@@ -23,8 +24,8 @@ def make_norm(config: ModelConfig) -> nn.Module:
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) * weight, over the last axis.
 
-    torch has no kernel of its own for it on CPUs: training there goes through some rows at a time,
-    forward and back, and writes the number format that the next product reads.
+    torch has no kernel of its own for it on CPUs: training there takes a compiled one, or goes through
+    some rows at a time, and writes the number format that the next product reads.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -48,6 +49,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
         rows = x.reshape(-1, x.shape[-1])
+        if KERNELS is not None:
+            out, inverse = KERNELS.rms_norm(rows, weight, eps, dtype)
+            ctx.save_for_backward(rows, weight, inverse)
+            return out.view(x.shape)
         inverse = torch.empty(len(rows), 1)
         out = torch.empty(rows.shape, dtype=dtype)
         some = max(1, _CACHED // x.shape[-1])
@@ -66,6 +71,9 @@ class _RMSNorm(torch.autograd.Function):
         rows, weight, inverse = ctx.saved_tensors
         width = rows.shape[-1]
         down = gradient.reshape(rows.shape)
+        if KERNELS is not None:
+            to_rows, to_weight = KERNELS.rms_norm_back(rows, weight, inverse, down)
+            return to_rows.view(gradient.shape), to_weight, None, None
         to_rows, to_weight = torch.empty_like(rows), torch.zeros_like(weight)
         some = max(1, _CACHED // width)
         normed, product = torch.empty(2, min(some, len(rows)), width)

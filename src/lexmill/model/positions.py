@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lexmill.model.kernels import KERNELS, fits
+
 
 def rotary_table(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine for each position and each pair of coordinates.
@@ -33,22 +35,25 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(cos, sin)
+        batch, time, heads, width = x.shape
         # in memory each head's positions lie together, as attention's products want them
-        return _turn(x, cos, sin, heads_first=True)
+        return _turn(x, cos, sin, 1.0, x.new_empty(batch, heads, time, width).transpose(1, 2))
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _turn(gradient, cos, -sin, heads_first=False), None, None
+        return _turn(gradient, cos, sin, -1.0, gradient.new_empty(gradient.shape)), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, heads_first: bool) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float, out: Tensor) -> Tensor:
+    if KERNELS is not None and fits(x) and x.stride(-1) == 1:
+        KERNELS.rotate(x, out, cos, sin, sign)
+        return out
+    cos, sin = (part.unsqueeze(-2).to(x.dtype) for part in (cos, sin))
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
-    batch, time, heads, width = x.shape
-    out = x.new_empty(batch, heads, time, width).transpose(1, 2) if heads_first else x.new_empty(x.shape)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=sign)
     return out
 
 
@@ -59,8 +64,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         x: (batch, time, heads, D).
         table: from `rotary_table`, of shape (batch or 1, time, D / 2).
     """
-    cos, sin = (part.unsqueeze(-2).to(x.dtype) for part in table)
-    return _Rotate.apply(x, cos, sin)
+    return _Rotate.apply(x, *table)
 
 
 class RelativeBias(nn.Module):

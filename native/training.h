@@ -1,0 +1,86 @@
+// What each step of training takes; one struct a step, laid out as `lexmill.model.kernels` fills it.
+#pragma once
+
+#include <cstdint>
+
+namespace lexmill {
+
+enum Activation : int64_t { kSilu = 0, kGeluTanh = 1 };
+
+struct RmsNorm {
+    int64_t rows, width, in_bf16, out_bf16;
+    const void* x;        // (rows, width)
+    const float* weight;  // (width)
+    void* y;              // (rows, width)
+    float* inverse;       // (rows): 1 / sqrt(mean square + eps), for the way back
+    float eps;
+};
+
+struct RmsNormBack {
+    int64_t rows, width, in_bf16, gradient_bf16;
+    const void *x, *gradient;  // (rows, width)
+    const float *weight, *inverse;
+    void* to_x;
+    float* to_weight;  // (width)
+};
+
+struct Gated {
+    int64_t count, is_bf16, activation;
+    const void *gate, *up;  // (count)
+    void* out;
+};
+
+struct GatedBack {
+    int64_t count, is_bf16, activation;
+    const void *gate, *up, *gradient;
+    void *to_gate, *to_up;
+};
+
+struct Rotate {
+    int64_t batch, time, heads, width, tables, is_bf16;  // tables: 1, or one for each text
+    int64_t x_batch, x_time, x_head, y_batch, y_time, y_head;  // strides in numbers
+    const void* x;
+    void* y;
+    const float *cos, *sin;  // (tables, time, width / 2)
+    float sign;              // -1 turns the other way
+};
+
+struct Softmax {
+    int64_t rows, keys, queries, causal, is_bf16;  // queries: rows of one block, for the causal mask
+    void* scores;                                  // (rows, keys), in place
+    float scale;
+};
+
+struct SoftmaxBack {
+    int64_t rows, keys, is_bf16;
+    const void* share;  // (rows, keys)
+    void* gradient;     // (rows, keys), in place
+    float scale;
+};
+
+struct CrossEntropy {
+    int64_t rows, vocabulary, is_bf16;
+    void* logits;            // (rows, vocabulary), become their gradient
+    const int64_t* targets;  // (rows)
+    const float* bias;       // (vocabulary), added to each row; may be null
+    float* lost;             // (rows), in nats
+};
+
+// One set of steps for each instruction set that they are compiled for.
+#define LEXMILL_DECLARE(isa)                                                       \
+    namespace isa {                                                                \
+    void rms_norm(const RmsNorm&, long first, long end);                           \
+    void rms_norm_back(const RmsNormBack&, long first, long end, float* to_weight); \
+    void gated(const Gated&, long first, long end);                                \
+    void gated_back(const GatedBack&, long first, long end);                       \
+    void rotate(const Rotate&, long first, long end);                              \
+    void softmax(const Softmax&, long first, long end);                            \
+    void softmax_back(const SoftmaxBack&, long first, long end);                   \
+    void cross_entropy(const CrossEntropy&, long first, long end);                 \
+    }
+
+LEXMILL_DECLARE(portable)
+LEXMILL_DECLARE(avx2)
+LEXMILL_DECLARE(avx512)
+
+}  // namespace lexmill

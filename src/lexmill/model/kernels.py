@@ -1,0 +1,199 @@
+"""The compiled steps of training on CPUs (`native/training.cpp`), as functions over tensors.
+
+`KERNELS` is None where they were not built, where torch runs on another OpenMP than they can use, or
+where the environment variable LEXMILL_NATIVE is "0"; then torch's own operations do the same, slower.
+Nothing is checked in the compiled code: the callers here pass dense CPU tensors of fitting shapes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from ctypes import POINTER, c_float, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+_DTYPES = (torch.float32, torch.bfloat16)
+_NAMES = {"linux": "_kernels.so", "darwin": "_kernels.dylib"}
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+
+
+def _struct(name: str, numbers: str, addresses: str, factor: str = "") -> Any:
+    """A struct of `native/training.h`: whole numbers, then addresses, then perhaps one real number."""
+    fields: list[tuple[str, Any]] = [(field, c_int64) for field in numbers.split()]
+    fields += [(field, c_void_p) for field in addresses.split()]
+    fields += [(field, c_float) for field in factor.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+_STRUCTS = {
+    "rms_norm": _struct("RmsNorm", "rows width in_bf16 out_bf16", "x weight y inverse", "eps"),
+    "rms_norm_back": _struct(
+        "RmsNormBack", "rows width in_bf16 gradient_bf16", "x gradient weight inverse to_x to_weight"
+    ),
+    "gated": _struct("Gated", "count is_bf16 activation", "gate up out"),
+    "gated_back": _struct("GatedBack", "count is_bf16 activation", "gate up gradient to_gate to_up"),
+    "rotate": _struct(
+        "Rotate",
+        "batch time heads width tables is_bf16 x_batch x_time x_head y_batch y_time y_head",
+        "x y cos sin",
+        "sign",
+    ),
+    "softmax": _struct("Softmax", "rows keys queries causal is_bf16", "scores", "scale"),
+    "softmax_back": _struct("SoftmaxBack", "rows keys is_bf16", "share gradient", "scale"),
+    "cross_entropy": _struct("CrossEntropy", "rows vocabulary is_bf16", "logits targets bias lost"),
+}
+
+
+class Kernels:
+    """The compiled steps; each method writes into tensors that it makes or, where said, in place."""
+
+    def __init__(self, library: ctypes.CDLL, instruction_set: str) -> None:
+        self.instruction_set = instruction_set
+        self._calls = {name: getattr(library, f"lexmill_{name}") for name in _STRUCTS}
+        for name, call in self._calls.items():
+            call.argtypes, call.restype = [POINTER(_STRUCTS[name]), ctypes.c_int], None
+
+    def _run(self, name: str, *values: int | float) -> None:
+        self._calls[name](_STRUCTS[name](*values), torch.get_num_threads())
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """x / sqrt(mean(x²) + eps) * weight in `dtype`, and the first factor's inverse, (rows, 1).
+
+        Args:
+            x: (rows, width).
+            weight: (width,), float32.
+        """
+        rows, width = x.shape
+        out, inverse = torch.empty(rows, width, dtype=dtype), torch.empty(rows, 1)
+        kinds = x.dtype == torch.bfloat16, dtype == torch.bfloat16
+        self._run("rms_norm", rows, width, *kinds, *_addresses(x, weight, out, inverse), eps)
+        return out, inverse
+
+    def rms_norm_back(
+        self, x: Tensor, weight: Tensor, inverse: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of x and of the weight."""
+        to_x, to_weight = torch.empty_like(x), torch.empty_like(weight)
+        kinds = x.dtype == torch.bfloat16, gradient.dtype == torch.bfloat16
+        addresses = _addresses(x, gradient, weight, inverse, to_x, to_weight)
+        self._run("rms_norm_back", *x.shape, *kinds, *addresses)
+        return to_x, to_weight
+
+    def gated(self, gate: Tensor, up: Tensor, activation: int) -> Tensor:
+        """act(gate) * up; all of one shape and type."""
+        out = torch.empty_like(gate)
+        self._run("gated", gate.numel(), _is_bf16(gate), activation, *_addresses(gate, up, out))
+        return out
+
+    def gated_back(
+        self, gate: Tensor, up: Tensor, gradient: Tensor, activation: int
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of gate and up."""
+        to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
+        addresses = _addresses(gate, up, gradient, to_gate, to_up)
+        self._run("gated_back", gate.numel(), _is_bf16(gate), activation, *addresses)
+        return to_gate, to_up
+
+    def rotate(self, x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
+        """Turn each pair (i, i + D/2) of the last axis into `out`, forward (sign 1) or back (-1).
+
+        Args:
+            x, out: (batch, time, heads, D), the last axis dense.
+            cos, sin: (batch or 1, time, D / 2), float32.
+        """
+        sizes = (*x.shape, len(cos), _is_bf16(x), *x.stride()[:3], *out.stride()[:3])
+        self._run("rotate", *sizes, *_addresses(x, out, cos, sin, dense=False), sign)
+
+    def softmax(self, scores: Tensor, queries: int, scale: float, *, causal: bool) -> None:
+        """softmax(scale * scores) in place.
+
+        Args:
+            scores: (…, rows, keys); rows are blocks of `queries`. With `causal` the last of a block sees
+                all keys, each one before it one less.
+        """
+        keys = scores.shape[-1]
+        sizes = scores.numel() // keys, keys, queries, causal, _is_bf16(scores)
+        self._run("softmax", *sizes, *_addresses(scores), scale)
+
+    def softmax_back(self, share: Tensor, gradient: Tensor, scale: float) -> None:
+        """The gradient of the scores, in the place of that of the shares."""
+        keys = share.shape[-1]
+        sizes = share.numel() // keys, keys, _is_bf16(share)
+        self._run("softmax_back", *sizes, *_addresses(share, gradient), scale)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+        """The cross-entropy of each row, (rows,) in nats; the logits become their gradient.
+
+        Args:
+            logits: (rows, vocabulary), without the bias.
+            targets: (rows,), int64, valid ids.
+            bias: (vocabulary,), float32.
+        """
+        lost = torch.empty(len(logits))
+        logits_at, targets_at, lost_at = _addresses(logits, targets, lost)
+        bias_at = 0 if bias is None else bias.data_ptr()
+        self._run("cross_entropy", *logits.shape, _is_bf16(logits), logits_at, targets_at, bias_at, lost_at)
+        return lost
+
+
+def _is_bf16(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16
+
+
+def _addresses(*tensors: Tensor, dense: bool = True) -> tuple[int, ...]:
+    assert not dense or all(tensor.is_contiguous() for tensor in tensors)
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether the kernels take these: on a CPU, in float32 or bfloat16."""
+    return all(tensor.device.type == "cpu" and tensor.dtype in _DTYPES for tensor in tensors)
+
+
+def _openmp() -> tuple[int, int, int] | None:
+    """Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads in torch's own OpenMP."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    libraries = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "omp" in line.rsplit("/", 1)[-1]}
+    found = [path for path in libraries if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    if len(found) != 1:  # none, or more than one: whose threads are torch's cannot be told
+        return None
+    library = ctypes.CDLL(found[0])
+    try:
+        functions = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
+    except AttributeError:
+        return None
+    first, second, third = (ctypes.cast(function, c_void_p).value or 0 for function in functions)
+    return first, second, third
+
+
+def load(at_most: str = "avx512") -> Kernels | None:
+    """The kernels with the best instruction set of this machine up to `at_most`, or None."""
+    import lexmill
+
+    name = _NAMES.get(sys.platform)
+    if os.environ.get("LEXMILL_NATIVE") == "0" or name is None:
+        return None
+    paths = [Path(folder) / name for folder in lexmill.__path__]  # an editable install has two folders
+    path = next((path for path in paths if path.is_file()), None)
+    openmp = _openmp()
+    if path is None or openmp is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+        library.lexmill_begin.argtypes = [c_void_p, c_void_p, c_void_p, ctypes.c_int]
+        number = library.lexmill_begin(*openmp, INSTRUCTION_SETS.index(at_most))
+    except (OSError, AttributeError):  # built for another machine, or an older one left behind
+        return None
+    return Kernels(library, INSTRUCTION_SETS[number])
+
+
+KERNELS = load()
