@@ -55,6 +55,24 @@ inline float exp_of(float x) {
     return p * scale;
 }
 
+template <class Value>
+inline float largest(long count, Value value) {
+    float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+    for (long i = 0; i < count; ++i) {
+        float x = value(i);
+        top = x > top ? x : top;
+    }
+    return top;
+}
+
+// A thread's own room for one row, so that each exponential is computed once.
+inline float* row_of(long count) {
+    static thread_local std::vector<float> room;
+    if (long(room.size()) < count) room.resize(size_t(count));
+    return room.data();
+}
+
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
 // tanh form of GELU (Hendrycks & Gimpel 2016); tanh(z) = 2 sigmoid(2 z) - 1.
@@ -72,6 +90,25 @@ struct GeluTanh {
     static float slope(float x) {
         float s = sigmoid(2.0f * kRoot * (x + kCube * x * x * x));
         return s + x * s * (1.0f - s) * 2.0f * kRoot * (1.0f + 3.0f * kCube * x * x);
+    }
+};
+
+// GELU by the normal distribution; its tail within 1e-7 (Abramowitz & Stegun 1964, 7.1.26).
+struct Gelu {
+    static float tail(float x, float& density) {
+        float z = std::fabs(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+        density = exp_of(-z * z);
+        float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+        float beyond = 0.5f * p * density;
+        return x < 0.0f ? beyond : 1.0f - beyond;
+    }
+    static float value(float x) {
+        float density;
+        return x * tail(x, density);
+    }
+    static float slope(float x) {
+        float density, below = tail(x, density);
+        return below + x * density * 0.3989422804f;
     }
 };
 
@@ -115,7 +152,10 @@ template <class T, class Activation>
 void gated_range(const Gated& a, long first, long end) {
     const T *gate = static_cast<const T*>(a.gate), *up = static_cast<const T*>(a.up);
     T* out = static_cast<T*>(a.out);
-    for (long i = first; i < end; ++i) store(out, i, Activation::value(load(gate, i)) * load(up, i));
+    if (up)
+        for (long i = first; i < end; ++i) store(out, i, Activation::value(load(gate, i)) * load(up, i));
+    else
+        for (long i = first; i < end; ++i) store(out, i, Activation::value(load(gate, i)));
 }
 
 template <class T, class Activation>
@@ -123,11 +163,26 @@ void gated_range_back(const GatedBack& a, long first, long end) {
     const T *gate = static_cast<const T*>(a.gate), *up = static_cast<const T*>(a.up);
     const T* down = static_cast<const T*>(a.gradient);
     T *to_gate = static_cast<T*>(a.to_gate), *to_up = static_cast<T*>(a.to_up);
+    if (!up) {
+        for (long i = first; i < end; ++i) store(to_gate, i, load(down, i) * Activation::slope(load(gate, i)));
+        return;
+    }
     for (long i = first; i < end; ++i) {
         float g = load(down, i), x = load(gate, i), u = load(up, i);
         store(to_up, i, g * Activation::value(x));
         store(to_gate, i, g * u * Activation::slope(x));
     }
+}
+
+template <class Activation>
+void gated_by(const Gated& a, long first, long end) {
+    a.is_bf16 ? gated_range<bf16, Activation>(a, first, end) : gated_range<float, Activation>(a, first, end);
+}
+
+template <class Activation>
+void gated_back_by(const GatedBack& a, long first, long end) {
+    a.is_bf16 ? gated_range_back<bf16, Activation>(a, first, end)
+              : gated_range_back<float, Activation>(a, first, end);
 }
 
 template <class T>
@@ -154,15 +209,19 @@ void rotate_rows(const Rotate& a, long first, long end) {
 template <class T>
 void softmax_rows(const Softmax& a, long first, long end) {
     T* scores = static_cast<T*>(a.scores);
+    float* room = row_of(a.keys);
     for (long row = first; row < end; ++row) {
         T* s = scores + row * a.keys;
         // with a causal mask the last query of a block sees all keys, each one before it one less
         long seen = a.causal ? a.keys - (a.queries - 1 - row % a.queries) : a.keys;
-        float top = -INFINITY, sum = 0;
-        for (long i = 0; i < seen; ++i) top = std::max(top, load(s, i));
-        for (long i = 0; i < seen; ++i) sum += exp_of((load(s, i) - top) * a.scale);
+        float top = largest(seen, [s](long i) { return load(s, i); }), sum = 0;
+        for (long i = 0; i < seen; ++i) {
+            float e = exp_of((load(s, i) - top) * a.scale);
+            room[i] = e;
+            sum += e;
+        }
         float inverse = 1.0f / sum;
-        for (long i = 0; i < seen; ++i) store(s, i, exp_of((load(s, i) - top) * a.scale) * inverse);
+        for (long i = 0; i < seen; ++i) store(s, i, room[i] * inverse);
         for (long i = seen; i < a.keys; ++i) store(s, i, 0.0f);
     }
 }
@@ -183,17 +242,21 @@ void softmax_rows_back(const SoftmaxBack& a, long first, long end) {
 template <class T, bool kBiased>
 void cross_entropy_rows(const CrossEntropy& a, long first, long end) {
     T* logits = static_cast<T*>(a.logits);
+    float* room = row_of(a.vocabulary);
     for (long row = first; row < end; ++row) {
         T* l = logits + row * a.vocabulary;
         auto logit = [&](long i) { return kBiased ? load(l, i) + a.bias[i] : load(l, i); };
-        float top = -INFINITY, sum = 0;
-        for (long i = 0; i < a.vocabulary; ++i) top = std::max(top, logit(i));
-        for (long i = 0; i < a.vocabulary; ++i) sum += exp_of(logit(i) - top);
+        float top = largest(a.vocabulary, logit), sum = 0;
+        for (long i = 0; i < a.vocabulary; ++i) {
+            float e = exp_of(logit(i) - top);
+            room[i] = e;
+            sum += e;
+        }
         long target = a.targets[row];
         float picked = logit(target), inverse = 1.0f / sum;
         a.lost[row] = std::log(sum) + top - picked;
-        for (long i = 0; i < a.vocabulary; ++i) store(l, i, exp_of(logit(i) - top) * inverse);
-        store(l, target, exp_of(picked - top) * inverse - 1.0f);
+        for (long i = 0; i < a.vocabulary; ++i) store(l, i, room[i] * inverse);
+        store(l, target, room[target] * inverse - 1.0f);
     }
 }
 
@@ -217,17 +280,20 @@ void rms_norm_back(const RmsNormBack& a, long first, long end, float* to_weight)
 
 void gated(const Gated& a, long first, long end) {
     if (a.activation == kSilu)
-        a.is_bf16 ? gated_range<bf16, Silu>(a, first, end) : gated_range<float, Silu>(a, first, end);
+        gated_by<Silu>(a, first, end);
+    else if (a.activation == kGeluTanh)
+        gated_by<GeluTanh>(a, first, end);
     else
-        a.is_bf16 ? gated_range<bf16, GeluTanh>(a, first, end) : gated_range<float, GeluTanh>(a, first, end);
+        gated_by<Gelu>(a, first, end);
 }
 
 void gated_back(const GatedBack& a, long first, long end) {
     if (a.activation == kSilu)
-        a.is_bf16 ? gated_range_back<bf16, Silu>(a, first, end) : gated_range_back<float, Silu>(a, first, end);
+        gated_back_by<Silu>(a, first, end);
+    else if (a.activation == kGeluTanh)
+        gated_back_by<GeluTanh>(a, first, end);
     else
-        a.is_bf16 ? gated_range_back<bf16, GeluTanh>(a, first, end)
-                  : gated_range_back<float, GeluTanh>(a, first, end);
+        gated_back_by<Gelu>(a, first, end);
 }
 
 void rotate(const Rotate& a, long first, long end) {

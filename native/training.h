@@ -5,7 +5,7 @@
 
 namespace lexmill {
 
-enum Activation : int64_t { kSilu = 0, kGeluTanh = 1 };
+enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
 struct RmsNorm {
     int64_t rows, width, in_bf16, out_bf16;
@@ -26,7 +26,7 @@ struct RmsNormBack {
 
 struct Gated {
     int64_t count, is_bf16, activation;
-    const void *gate, *up;  // (count)
+    const void *gate, *up;  // (count); `up` may be null: 1
     void* out;
 };
 

@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lexmill.model import norms
+from lexmill.model import kernels, mlp, norms
+from lexmill.model.attend import attend
 from lexmill.model.norms import RMSNorm
+from lexmill.model.positions import rotary_table, rotate
+from lexmill.model.scope import Scope
 from lexmill.train.cross_entropy import linear_cross_entropy
 
 
@@ -53,6 +56,79 @@ def test_rms_norm():
         assert agree(half, expected[:2], 0.03)
     with torch.no_grad():
         assert torch.allclose(ours(x, weight), plain(x, weight))
+
+
+@pytest.mark.skipif(kernels.KERNELS is None, reason="the compiled steps were not built")
+@pytest.mark.parametrize("name", sorted(kernels.ACTIVATIONS))
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 0.02)])
+def test_activations(name, dtype, tolerance):
+    gate, up = 3 * torch.randn(7, 1001), torch.randn(7, 1001)
+    number, plain = kernels.ACTIVATIONS[name], mlp.ACTIVATIONS[name]
+    found = gradients(lambda gate, up: mlp._Activated.apply(gate, up, number), (gate, up), dtype)
+    assert agree(found, gradients(lambda gate, up: plain(gate) * up, (gate, up), torch.float64), tolerance)
+    found = gradients(lambda gate: mlp._Activated.apply(gate, None, number), (gate,), dtype)
+    assert agree(found, gradients(plain, (gate,), torch.float64), tolerance)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_attention_in_blocks(causal, groups):
+    q, k, v = (torch.randn(2, heads, 150, 16) for heads in (4, 4 // groups, 4 // groups))
+
+    def ours(q, k, v):
+        return attend(q, k, v, Scope(causal=causal), 0.25)
+
+    def plain(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.25, enable_gqa=True)
+
+    expected = gradients(plain, (q, k, v), torch.float64)
+    assert agree(gradients(ours, (q, k, v), torch.float32), expected, 3e-6)
+    assert agree(gradients(ours, (q, k, v), torch.bfloat16), expected, 0.05)
+
+
+def test_rotation_and_its_gradient():
+    x, table = torch.randn(3, 11, 4, 16), rotary_table(torch.arange(11)[None], 16, 10000.0)
+
+    def plain(x):
+        cos, sin = (part.unsqueeze(-2).to(x.dtype) for part in table)
+        first, second = x.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+    expected = gradients(plain, (x,), torch.float64)
+    assert agree(gradients(lambda x: rotate(x, table), (x,), torch.float32), expected, 1e-6)
+    assert agree(gradients(lambda x: rotate(x, table), (x,), torch.bfloat16), expected, 0.02)
+
+
+@pytest.mark.skipif(kernels.KERNELS is None, reason="the compiled steps were not built")
+@pytest.mark.parametrize("at_most", kernels.INSTRUCTION_SETS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_instruction_set_and_number_of_threads(at_most, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        some = kernels.load(at_most)
+        assert some is not None
+        x, weight = torch.randn(301, 72), torch.rand(72)
+        out, _ = some.rms_norm(x, weight, 1e-5, torch.float32)
+        assert torch.allclose(out, F.rms_norm(x, (72,), weight, 1e-5), atol=1e-6)
+        logits, targets = 9 * torch.randn(301, 1003), torch.randint(0, 1003, (301,))
+        expected = F.cross_entropy(logits, targets, reduction="none")
+        assert torch.allclose(some.cross_entropy(logits, targets, None), expected, atol=1e-5)
+        assert logits.sum(-1).abs().max() < 1e-5
+    finally:
+        torch.set_num_threads(before)
+        kernels.load()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_seen(bad):
+    hidden = torch.randn(5, 16)
+    hidden[3, 2] = bad
+    loss, _ = linear_cross_entropy(
+        hidden.requires_grad_(), torch.tensor([1, 2, 3, 4, 5]), torch.randn(50, 16)
+    )
+    assert not torch.isfinite(loss)
+    assert not torch.isfinite(RMSNorm(16, 1e-6)(hidden)[3]).all()
 
 
 @pytest.mark.parametrize("biased", [False, True])

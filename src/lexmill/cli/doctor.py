@@ -13,6 +13,7 @@ _OPTIONAL = {
     "transformers": ("compares answers with Hugging Face", 'pip install "lexmill[runtimes]"'),
     "xllamacpp": ("compares answers with llama.cpp", 'pip install "lexmill[runtimes]"'),
 }
+_NO_KERNELS = "not built: training takes up to 1.5 times as long. Install a C++ compiler, then lexmill again."
 
 
 def doctor(
@@ -34,6 +35,8 @@ def doctor(
         typer.echo(f"{name:<12} {rate:,.1f} GFLOP/s in a matrix product")
     if found["matmul_gflops"]:
         typer.echo(f"training     computes in {found['precision']}")
+    if found["kernels"]:
+        typer.echo(f"kernels      {found['kernels']}")
     typer.echo(f"GPU          {found['gpu']}")
     for name, version in found["packages"].items():
         typer.echo(f"{name:<12} {version}")
@@ -55,7 +58,7 @@ def _examine(fast: bool) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             packages[name] = "not installed"
     rates: dict[str, float] = {}
-    precision, gpu = "", "not looked for"
+    precision, gpu, kernels = "", "not looked for", ""
     if not fast and packages["torch"] != "not installed":
         begin_computing()
         import torch
@@ -67,6 +70,9 @@ def _examine(fast: bool) -> dict[str, Any]:
             str(dtype).removeprefix("torch."): round(matmul_gflops(dtype, seconds=0.2), 1)
             for dtype in (torch.float32, torch.bfloat16)
         }
+        from lexmill.model.kernels import KERNELS
+
+        kernels = KERNELS.instruction_set if KERNELS else _NO_KERNELS
         precision = choose_precision()
         gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none that torch can use"
     return {
@@ -75,6 +81,7 @@ def _examine(fast: bool) -> dict[str, Any]:
         "threads": threads(),
         "matmul_gflops": rates,
         "precision": precision,
+        "kernels": kernels,
         "gpu": gpu,
         "packages": packages,
     }

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 _DTYPES = (torch.float32, torch.bfloat16)
 _NAMES = {"linux": "_kernels.so", "darwin": "_kernels.dylib"}
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
@@ -85,18 +85,20 @@ class Kernels:
         self._run("rms_norm_back", *x.shape, *kinds, *addresses)
         return to_x, to_weight
 
-    def gated(self, gate: Tensor, up: Tensor, activation: int) -> Tensor:
-        """act(gate) * up; all of one shape and type."""
+    def gated(self, gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+        """act(gate) * up; all of one shape and type. Without `up`, act(gate)."""
         out = torch.empty_like(gate)
-        self._run("gated", gate.numel(), _is_bf16(gate), activation, *_addresses(gate, up, out))
+        gate_at, out_at = _addresses(gate, out)
+        self._run("gated", gate.numel(), _is_bf16(gate), activation, gate_at, _address(up), out_at)
         return out
 
     def gated_back(
-        self, gate: Tensor, up: Tensor, gradient: Tensor, activation: int
-    ) -> tuple[Tensor, Tensor]:
+        self, gate: Tensor, up: Tensor | None, gradient: Tensor, activation: int
+    ) -> tuple[Tensor, Tensor | None]:
         """The gradients of gate and up."""
-        to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
-        addresses = _addresses(gate, up, gradient, to_gate, to_up)
+        to_gate, to_up = torch.empty_like(gate), None if up is None else torch.empty_like(up)
+        gate_at, gradient_at, to_gate_at = _addresses(gate, gradient, to_gate)
+        addresses = gate_at, _address(up), gradient_at, to_gate_at, _address(to_up)
         self._run("gated_back", gate.numel(), _is_bf16(gate), activation, *addresses)
         return to_gate, to_up
 
@@ -137,8 +139,8 @@ class Kernels:
         """
         lost = torch.empty(len(logits))
         logits_at, targets_at, lost_at = _addresses(logits, targets, lost)
-        bias_at = 0 if bias is None else bias.data_ptr()
-        self._run("cross_entropy", *logits.shape, _is_bf16(logits), logits_at, targets_at, bias_at, lost_at)
+        addresses = logits_at, targets_at, _address(bias), lost_at
+        self._run("cross_entropy", *logits.shape, _is_bf16(logits), *addresses)
         return lost
 
 
@@ -149,6 +151,10 @@ def _is_bf16(tensor: Tensor) -> bool:
 def _addresses(*tensors: Tensor, dense: bool = True) -> tuple[int, ...]:
     assert not dense or all(tensor.is_contiguous() for tensor in tensors)
     return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else _addresses(tensor)[0]
 
 
 def fits(*tensors: Tensor) -> bool:

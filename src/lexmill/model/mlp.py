@@ -35,22 +35,22 @@ class MLP(nn.Module):
         self.compiled = kernels.ACTIVATIONS.get(config.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gated:
-            return self.down(self._gated(self.gate(x), self.up(x)))
-        return self.down(self.activation(self.up(x)))
+        gate = self.gate(x) if self.gated else self.up(x)
+        return self.down(self._activated(gate, self.up(x) if self.gated else None))
 
-    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+    def _activated(self, gate: Tensor, up: Tensor | None) -> Tensor:
         learning = torch.is_grad_enabled() and gate.requires_grad
-        if learning and KERNELS is not None and self.compiled is not None and fits(gate, up):
-            return _Gated.apply(gate, up, self.compiled)
-        return self.activation(gate) * up
+        if learning and KERNELS is not None and self.compiled is not None and fits(gate):
+            return _Activated.apply(gate, up, self.compiled)
+        activated = self.activation(gate)
+        return activated if up is None else activated * up
 
 
-class _Gated(torch.autograd.Function):
-    """act(gate) * up in one pass forward and one back; act(gate) is not kept."""
+class _Activated(torch.autograd.Function):
+    """act(gate) * up, or act(gate), in one pass forward and one back; act(gate) is not kept."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: int) -> Tensor:  # type: ignore[override]
         assert KERNELS is not None
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
