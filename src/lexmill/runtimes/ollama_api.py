@@ -58,6 +58,26 @@ def server_address(text: str = "") -> str:
     return f"{scheme}://{host}:{port}{parts.path.rstrip('/')}"
 
 
+def ollama_place(text: str) -> tuple[str, str]:
+    """Read what `--ollama` is given: a model's name, or a server's address and a name: `http://host:11434/name`.
+
+    Returns:
+        The address, "" for Ollama's own default, and the name.
+
+    Raises:
+        ConfigError: an address without a name.
+    """
+    scheme, found, rest = text.partition("://")
+    if not found:
+        return "", text
+    address, _, name = rest.partition("/")
+    if not name.strip("/"):
+        raise ConfigError(
+            f"{text!r} names a server, but no model.", f"Add the model's name: {scheme}://{address}/my-model"
+        )
+    return f"{scheme}://{address}", name.strip("/")
+
+
 class OllamaServer:
     """A server at an address.
 
@@ -125,6 +145,7 @@ class OllamaServer:
         """The prompt that the server makes of a conversation; None where it is too old to tell."""
         told = {"model": model, "messages": list(messages), "stream": False, "_debug_render_only": True}
         # a server that does not know the field would write a text instead: let it be a short one
+        told["truncate"] = False
         found = self._ask("api/chat", {**told, "options": {"num_predict": 1}}).get("_debug_info")
         return found.get("rendered_template") if isinstance(found, dict) else None
 
