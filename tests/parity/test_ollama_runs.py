@@ -158,12 +158,13 @@ def test_a_wrong_template_is_caught(tmp_path, model, shows_prompts):
     assert found["chat"] is False and report.exit_code == 1
 
 
-def test_another_model_s_weights_are_caught(tmp_path, model, ollama):
+@pytest.mark.parametrize("type", ["f32", "q8_0"])
+def test_another_model_s_weights_are_caught(tmp_path, model, ollama, type):
     weights = {name: value.copy() for name, value in model.weights().items()}
     name = next(name for name in weights if name.endswith("mlp.down.weight"))
     weights[name] *= -1
     other = write_model_directory(tmp_path / "other", model.config, weights, model.tokenizer)
-    install(other, M, Store(ollama.root), type="f32")
+    install(other, M, Store(ollama.root), type=type)
     found = results(ask(model, ollama))
     assert found["tokens"] and found["chat template"] and found["greedy"] is False
 
