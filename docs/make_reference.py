@@ -9,7 +9,8 @@ VERBS = [
     [], ["run"], ["prepare"], ["tokenizer"], ["tokenizer", "train"], ["tokenizer", "encode"], ["tokenizer", "decode"],
     ["tokenizer", "inspect"], ["pretrain"], ["finetune"], ["evaluate"], ["generate"], ["chat"], ["explain"],
     ["explain", "attention"], ["explain", "word"], ["export"],
-    ["export", "hf"], ["export", "gguf"], ["export", "ollama"], ["verify"], ["report"], ["doctor"],
+    ["export", "hf"], ["export", "gguf"], ["export", "ollama"], ["ollama"],
+    ["ollama", "list"], ["ollama", "show"], ["ollama", "rm"], ["verify"], ["report"], ["doctor"],
 ]  # fmt: skip
 
 

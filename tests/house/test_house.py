@@ -110,6 +110,8 @@ def test_torch_and_transformers_stay_in_their_rooms():
         "lexmill.inference.explain_plot",
         "lexmill.runtimes.llama_cpp",
         "lexmill.runtimes.ollama",
+        "lexmill.runtimes.ollama_api",
+        "lexmill.runtimes.ollama_show",
         "lexmill.runtimes.huggingface",
         "lexmill.runtimes.verify",
         "lexmill.recipe.run",

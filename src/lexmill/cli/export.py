@@ -42,20 +42,72 @@ def gguf(
 @app.command()
 def ollama(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the Modelfile.")],
-    type: Annotated[str, typer.Option("--type", help="Type of the GGUF file written beside it.")] = "q8_0",
+    name: Annotated[str, typer.Option("--name", help="Its name in Ollama: my-model or my-model:tag.")] = "",
+    store: Annotated[
+        Path | None, typer.Option("--store", help="Install it in this store; no server needs to run.")
+    ] = None,
+    url: Annotated[str, typer.Option("--url", help="Have the server at this address install it.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write a Modelfile.")] = None,
+    type: Annotated[str, typer.Option("--type", help="Type of the GGUF file.")] = "q8_0",
+    gguf: Annotated[
+        Path | None, typer.Option("--gguf", help="Take this GGUF file of the model instead of making one.")
+    ] = None,
     system: Annotated[str, typer.Option("--system", help="A system prompt.")] = "",
+    template: Annotated[
+        bool,
+        typer.Option(
+            "--template/--no-template", help="Without: Ollama 0.30 reads the template in the GGUF file."
+        ),
+    ] = True,
     quiet: Quiet = False,
 ) -> None:
-    """A Modelfile, and the GGUF file that it names, for `ollama create NAME -f Modelfile`."""
+    """A model for Ollama: a Modelfile with its GGUF file, or installed, in a store or by a running server.
+
+    With --name alone it is installed in Ollama's own store: OLLAMA_MODELS, or ~/.ollama/models.
+    """
+    import tempfile
+
+    from lexmill.errors import ConfigError
     from lexmill.inference.language_model import find_model
     from lexmill.model.directory import ModelDirectory
     from lexmill.runtimes.llama_cpp import export_gguf
-    from lexmill.runtimes.ollama import require_decoder, write_modelfile
+    from lexmill.runtimes.ollama import create, describe, install, write_modelfile
+    from lexmill.runtimes.ollama_api import OllamaServer
+    from lexmill.runtimes.ollama_names import ModelName
+    from lexmill.runtimes.ollama_store import Store, default_store
 
-    path = find_model(model)
-    require_decoder(ModelDirectory.open(path))
-    file = out.parent / f"model-{type.lower()}.gguf"
-    export_gguf(path, file, type, make_progress(quiet))
-    write_modelfile(path, file, out, system)
-    typer.echo(f"written to {out} and {file}\nNow: ollama create my-model -f {out}")
+    if not name and (store or url or not out):
+        raise ConfigError(
+            "A model in Ollama has a name.", "Give one with --name, or --out for a Modelfile alone."
+        )
+    if not template and (url or out):
+        raise ConfigError(
+            "Without a template 'ollama create' adds one that it guesses.", "Use --no-template with --store."
+        )
+    directory, called = ModelDirectory.open(find_model(model)), ModelName.parse(name) if name else None
+    progress = make_progress(quiet)
+    describe(directory, system, template)  # what cannot be is said before anything is written
+    if out:
+        gguf = gguf or export_gguf(directory, out.parent / f"model-{type.lower()}.gguf", type, progress)
+        write_modelfile(directory, gguf, out, system)
+        typer.echo(f"written to {out}, for {gguf}")
+        typer.echo(f"Now: ollama create {called or 'my-model'} -f {out}")
+    if called and url:
+        server = OllamaServer(url)
+        with tempfile.TemporaryDirectory() as folder:
+            file = gguf or export_gguf(directory, Path(folder) / f"model-{type.lower()}.gguf", type, progress)
+            create(directory, called, server, file, system=system, progress=progress)
+        typer.echo(f"created {called} at {server.address}")
+    if called and (store or not (url or out)):
+        place = Store(store or default_store())
+        called = install(
+            directory,
+            called,
+            place,
+            gguf=gguf,
+            type=type,
+            system=system,
+            template=template,
+            progress=progress,
+        )
+        typer.echo(f"installed {called} in {place.root}\nNow: ollama run {called}")

@@ -20,6 +20,7 @@ from lexmill.cli import (
     finetune,
     generate,
     next_sentence,
+    ollama,
     prepare,
     pretrain,
     report,
@@ -70,6 +71,7 @@ app.command("next-sentence")(_guarded(next_sentence.next_sentence))
 app.command("embed")(_guarded(embed.embed))
 app.add_typer(explain.app, name="explain")
 app.add_typer(export.app, name="export")
+app.add_typer(ollama.app, name="ollama")
 app.command("verify")(_guarded(verify.verify))
 app.command("report")(_guarded(report.report))
 app.command("doctor")(_guarded(doctor.doctor))

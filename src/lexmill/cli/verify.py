@@ -15,6 +15,12 @@ def verify(
     gguf: Annotated[
         list[Path] | None, typer.Option("--gguf", help="A GGUF file of the model; may repeat.")
     ] = None,
+    ollama: Annotated[
+        str,
+        typer.Option(
+            "--ollama", metavar="NAME|URL", help="Ask a running Ollama too: NAME, or http://host:port/NAME."
+        ),
+    ] = "",
     tokens: Annotated[int, typer.Option("--tokens", help="Length of the greedy continuations.", min=1)] = 64,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the checks to this JSON file.")
@@ -32,7 +38,7 @@ def verify(
 
     path = find_model(model)
     files = gguf if gguf else sorted((path.parent / "export").glob("*.gguf"))
-    report = run_verify(path, files, tokens=tokens, progress=make_progress(quiet or json))
+    report = run_verify(path, files, tokens=tokens, ollama=ollama, progress=make_progress(quiet or json))
     if out:
         report.write(out)
     if json:

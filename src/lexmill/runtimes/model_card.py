@@ -86,7 +86,7 @@ def _where(config: ModelConfig, chat: bool) -> str:
         rows["Ollama"] = "yes, from the GGUF file with its Modelfile" if chat else "yes, from the GGUF file"
     elif config.family == "bert":
         rows["llama.cpp"] = "embeddings only, exported to GGUF; it has no place for the heads"
-        rows["Ollama"] = "not exported"
+        rows["Ollama"] = "embeddings only, from the GGUF file"
     elif config.family == "t5":
         rows["llama.cpp"] = "its library, exported to GGUF; its server cannot load this shape"
         rows["Ollama"] = "not exported"

@@ -11,6 +11,7 @@ import importlib.util
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from lexmill.model.directory import ModelDirectory
 from lexmill.progress import SILENT, Progress, Task
 from lexmill.runtimes.llama_cpp import FILE_TYPES, file_weights, setting_differences, weight_error
 from lexmill.runtimes.llama_cpp_server import LlamaCpp
+from lexmill.runtimes.ollama_api import OllamaServer, ollama_place
 from lexmill.runtimes.verify_cases import DEFAULT_PROMPTS
 from lexmill.runtimes.verify_checks import (
     TOLERANCES,
@@ -51,6 +53,7 @@ def verify(
     *,
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     tokens: int = 64,
+    ollama: str = "",
     progress: Progress = SILENT,
 ) -> VerifyReport:
     """Compare what transformers and llama.cpp make of a model with what lexmill makes of it.
@@ -60,6 +63,7 @@ def verify(
         ggufs: GGUF files made of it.
         prompts: texts to continue.
         tokens: how many to generate for each prompt.
+        ollama: also ask a running Ollama that has the model: its name there, or `http://host:port/name`.
 
     Returns:
         A record a runtime and check: token ids, round trip, chat template, stop tokens, weights
@@ -73,13 +77,18 @@ def verify(
     from lexmill.inference.language_model import load
 
     directory = ModelDirectory.open(model)
-    with progress.task("verify", 7 + 8 * len(ggufs), "checks") as task:
+    asked_ollama = ollama_place(ollama) if ollama else None
+    with progress.task("verify", 7 + 8 * len(ggufs) + (5 if ollama else 0), "checks") as task:
         task.advance(0, "lexmill")
         own = _Own(load(directory.path), directory, prompts, tokens)
         task.advance(1)
         checks = list(_compare("transformers", open_transformers(directory), own.asked, task))
         for path in map(Path, ggufs):
             checks += _check_gguf(path, own, task)
+        if asked_ollama is not None:
+            address, told = asked_ollama
+            server = contextlib.nullcontext(OllamaServer(address))
+            checks += _compare(f"Ollama {told}", server, partial(own.asked_of_ollama, told), task)
     return VerifyReport(str(directory.path), _environment(), tuple(checks))
 
 
@@ -123,6 +132,12 @@ class _Own:
         if self.reference is None:
             return compare_ids(name, runtime, self.model)
         return Comparison(name, runtime, self.reference, TOLERANCES["transformers"]).all()
+
+    def asked_of_ollama(self, told: str, name: str, server: OllamaServer) -> Iterator[Check]:
+        """The checks of a model in a running Ollama; `told` is its name there."""
+        from lexmill.runtimes.verify_ollama import compare_ollama
+
+        return compare_ollama(name, server, told, self.directory, self.model, self.reference)
 
 
 def _compare(

@@ -33,6 +33,7 @@ class Reference:
         logprobs: (positions, vocabulary), lexmill's.
         rounded_logprobs: the same with each product's activations rounded; None where nothing rounds.
         greedy: (ids, limit, continuation) of each prompt.
+        length: of the continuations, in tokens, where the context has room.
         rounding: the type to which the runtime rounds activations; "" for none.
     """
 
@@ -52,7 +53,7 @@ class Reference:
         self.longest = max((len(ids) for ids in self.prompts), default=0) + tokens
         self.rounding = ""
         self.rounded_logprobs: np.ndarray | None = None
-        self._tokens = tokens
+        self.length = tokens
         self.greedy = self._continued()
         self.positions = [ids[:end] for ids in self.prompts for end in sorted({1, (len(ids) + 1) // 2})]
         self.positions += [
@@ -91,7 +92,7 @@ class Reference:
         return [
             (ids, limit, self.model.generate_ids(ids, max_tokens=limit))
             for ids in self.prompts
-            for limit in [min(self._tokens, self.context - len(ids) - 1)]
+            for limit in [min(self.length, self.context - len(ids) - 1)]
         ]
 
     def _chats(self) -> Iterator[tuple[list[dict[str, str]], str]]:
