@@ -19,6 +19,7 @@ from lexmill.cli import (
     fill,
     finetune,
     generate,
+    imatrix,
     next_sentence,
     prepare,
     pretrain,
@@ -70,6 +71,7 @@ app.command("next-sentence")(_guarded(next_sentence.next_sentence))
 app.command("embed")(_guarded(embed.embed))
 app.add_typer(explain.app, name="explain")
 app.add_typer(export.app, name="export")
+app.command("imatrix")(_guarded(imatrix.imatrix))
 app.command("verify")(_guarded(verify.verify))
 app.command("report")(_guarded(report.report))
 app.command("doctor")(_guarded(doctor.doctor))
