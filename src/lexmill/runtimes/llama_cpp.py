@@ -39,6 +39,7 @@ __all__ = [
     "LlamaCpp",
     "RuntimeFailure",
     "export_gguf",
+    "file_types",
     "file_weights",
     "permute_rope",
     "setting_differences",
@@ -214,6 +215,18 @@ def _same(found: object, value: Value) -> bool:
 # Half a step of each type, as a share of the largest weight in its block: 2^-11, 2^-8, and 1/254 plus
 # the rounding of the scale to f16. Norms and biases are f32 in every file: they must be exact.
 _HALF_STEPS = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 1 / 254 + 2.0**-10}
+# Types with fewer bits: a search may cut off single weights, so a row is judged as a whole.
+_BITS = {
+    "Q6_K": 6,
+    "Q5_0": 5,
+    "Q5_1": 5,
+    "Q5_K": 5,
+    "Q4_0": 4,
+    "Q4_1": 4,
+    "Q4_K": 4,
+    "IQ4_NL": 4,
+    "IQ4_XS": 4,
+}
 
 
 def weight_error(file: GGUFFile, model: ModelDirectory) -> tuple[float, str]:
@@ -222,7 +235,7 @@ def weight_error(file: GGUFFile, model: ModelDirectory) -> tuple[float, str]:
     Returns:
         The error as a multiple of the largest that the tensor's type explains, so that up to 1 is
         rounding; infinite where a tensor is missing, has another shape or should be exact; and the
-        tensor's name.
+        tensor's name. Of types below 8 bits it is the root mean square over the worst row.
 
     Raises:
         FormatError: a tensor of a type that cannot be read yet.
@@ -233,17 +246,40 @@ def weight_error(file: GGUFFile, model: ModelDirectory) -> tuple[float, str]:
         info = file.tensors.get(name.gguf)
         if info is None or info.shape != weight.shape:
             return float("inf"), f"{name.gguf} is missing or has another shape"
-        if info.type.name not in _HALF_STEPS:
+        error = np.abs(file.read(name.gguf) - weight)
+        if info.type.name in _HALF_STEPS:
+            share = _largest_share(error, weight, info.type.name)
+        elif info.type.name in _BITS:
+            share = _row_share(error, weight, _BITS[info.type.name])
+        else:
             raise FormatError(f"{file.path}: the error of {info.type.name} tensors is not known.")
-        block = 32 if weight.shape[-1] % 32 == 0 else weight.shape[-1]
-        error = np.abs(file.read(name.gguf) - weight).reshape(-1, block).max(-1)
-        allowed = np.abs(weight).reshape(-1, block).max(-1) * _HALF_STEPS[info.type.name]
-        # half-precision numbers, scales among them, end at 2^-24
-        allowed = np.maximum(allowed, 0 if info.type.name == "F32" else 2.0**-24)
-        share = float(np.max(np.where(error == 0, 0, error / np.maximum(allowed, _TINY))))
         if not share <= worst:  # true for NaN
             worst, where = share, name.gguf
     return worst, where
+
+
+def _largest_share(error: np.ndarray, weight: np.ndarray, type: str) -> float:
+    """The largest error as a multiple of half a step."""
+    block = 32 if weight.shape[-1] % 32 == 0 else weight.shape[-1]
+    allowed = np.abs(weight).reshape(-1, block).max(-1) * _HALF_STEPS[type]
+    # half-precision numbers, scales among them, end at 2^-24
+    allowed = np.maximum(allowed, 0 if type == "F32" else 2.0**-24)
+    largest = error.reshape(-1, block).max(-1)
+    return float(np.max(np.where(largest == 0, 0, largest / np.maximum(allowed, _TINY))))
+
+
+def _row_share(error: np.ndarray, weight: np.ndarray, bits: int) -> float:
+    """The root mean square error of the worst row, as a multiple of three times that of rounding to whole steps.
+
+    So many bits cut the range from minus to plus a block's largest weight into 2^bits steps, and rounding
+    to them is off by step / sqrt(12) in the root mean square. Three times that leaves room for searches
+    with importance, which cut unimportant weights off (docs/decisions.md).
+    """
+    rows = len(weight)
+    peaks = np.abs(weight).reshape(rows, -1, 32).max(-1)
+    allowed = 3 * (2.0 / 2**bits) / np.sqrt(12) * np.sqrt(np.square(peaks).mean(-1))
+    allowed = np.maximum(allowed, 2.0**-20)  # tiny weights: 6-bit scales of half-precision units
+    return float((np.sqrt(np.square(error).reshape(rows, -1).mean(-1)) / allowed).max())
 
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -264,6 +300,11 @@ def file_weights(file: GGUFFile, model: ModelDirectory) -> dict[str, np.ndarray]
         if name.own not in weights:  # the embedding once, not as a projection too
             weights[name.own] = weight_from_gguf(file.read(name.gguf), model.config, name)
     return weights
+
+
+def file_types(file: GGUFFile, model: ModelDirectory) -> dict[str, str]:
+    """The type that each weight has in a file, by lexmill's names; of one held twice, that of the projection."""
+    return {name.own: file.tensors[name.gguf].type.name for name in held_weights(model.config)}
 
 
 def setting_differences(file: GGUFFile, model: ModelDirectory) -> list[str]:
