@@ -48,7 +48,13 @@ def ggml_encode(weight, kind, importance, lib, threads):
     """The bytes that ggml's quantiser gives, rows shared among threads."""
     quantise = lib.ggml_quantize_chunk
     quantise.restype = ctypes.c_size_t
-    quantise.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    quantise.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
     weight = np.ascontiguousarray(weight, np.float32)
     rows, columns = weight.shape
     out = np.empty(kind.byte_size(weight.shape), np.uint8)
@@ -57,7 +63,15 @@ def ggml_encode(weight, kind, importance, lib, threads):
     step = -(-rows // threads)
 
     def part(first):
-        quantise(kind.id, weight.ctypes.data, out.ctypes.data, first * columns, min(step, rows - first), columns, at)
+        quantise(
+            kind.id,
+            weight.ctypes.data,
+            out.ctypes.data,
+            first * columns,
+            min(step, rows - first),
+            columns,
+            at,
+        )
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(part, range(0, rows, step)))
@@ -188,7 +202,9 @@ def child(path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="a model directory of a decoder")
     parser.add_argument("--data", type=Path, required=True, help="a text to measure on")
     parser.add_argument("--chunks", type=int, default=24, help="of 512 tokens, at most")
@@ -219,7 +235,9 @@ def main() -> None:
     print("| type | MB | quantiser | perplexity | mean KL | 99.9 % KL | seconds |")
     print("|---|---|---|---|---|---|---|")
     if not arguments.types:
-        print(f"| f32 | {4 * directory.config.parameters / 1e6:.1f} | | {evaluator.score().perplexity:.4f} | | | |")
+        print(
+            f"| f32 | {4 * directory.config.parameters / 1e6:.1f} | | {evaluator.score().perplexity:.4f} | | | |"
+        )
 
     def ggml(weight, kind, importance):
         return ggml_encode(weight, kind, importance, lib, threads())
@@ -232,16 +250,15 @@ def main() -> None:
         same = all(np.array_equal(data, their_bytes[name]) for name, data in our_bytes.items())
         first = evaluator.score(kept | ours)
         second = first if same else evaluator.score(kept | theirs)
-        for label, score, seconds in (
-            ("both, the same bytes" if same else "lexmill", first, our_seconds),
-            ("llama.cpp", second, their_seconds),
-        ):
-            if not same or score is first and seconds is our_seconds:
-                print(
-                    f"| {mix} | {size:.1f} | {label} | {score.perplexity:.4f} | {score.divergence:.5f} "
-                    f"| {score.worst:.3f} | {seconds:.1f}{f', {their_seconds:.1f}' if same else ''} |",
-                    flush=True,
-                )
+        rows = [("lexmill", first, f"{our_seconds:.1f}"), ("llama.cpp", second, f"{their_seconds:.1f}")]
+        if same:
+            rows = [("both, the same bytes", first, f"{our_seconds:.1f}, {their_seconds:.1f}")]
+        for label, score, seconds in rows:
+            print(
+                f"| {mix} | {size:.1f} | {label} | {score.perplexity:.4f} | {score.divergence:.5f} "
+                f"| {score.worst:.3f} | {seconds} |",
+                flush=True,
+            )
         if mix in arguments.llama_cpp:
             with tempfile.TemporaryDirectory() as folder:
                 begun = time.perf_counter()

@@ -140,23 +140,30 @@ def _to_q8_k(values: torch.Tensor) -> torch.Tensor:
 
 
 _BF16 = Rounding("BF16", lambda values: values.bfloat16().float())
-# Blocks of Q8_1 keep their sum in half precision too, which is too little to imitate.
 _Q8_0, _Q8_K = Rounding("Q8_0", _to_q8_0), Rounding("Q8_K", _to_q8_k)
 # By the type of the weights (ggml-cpu.c, `vec_dot_type`). It rounds for F16 as well, but imitating that brought
 # the answers no nearer on a trained model, so nothing is said of it.
 ROUNDING = {
     "BF16": _BF16,
-    **dict.fromkeys(("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4"), _Q8_0),
+    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "MXFP4"), _Q8_0),
     **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"), _Q8_K),
 }
+
+
+# These meet blocks whose sum is rounded for itself and multiplied with the offsets of the weights: no rounding
+# of activations alone does the same, so of a file with such weights nothing is said.
+_SUMS_APART = ("Q4_1", "Q5_1")
 
 
 def rounded_activations(network: torch.nn.Module, types: Mapping[str, str]) -> Rounded:
     """Within this block the input of every product with a weight of `network` is rounded as llama.cpp does.
 
     Args:
-        types: the type of each weight in the file, by lexmill's names.
+        types: the type of each weight in the file, by lexmill's names. With one that is not imitated
+            nothing is rounded.
     """
+    if any(kind in _SUMS_APART for kind in types.values()):
+        return Rounded({}, None)
     found = {
         id(weight): ROUNDING[types[name]]
         for name, weight in network.named_parameters()
