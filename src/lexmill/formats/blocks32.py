@@ -129,10 +129,26 @@ def _asymmetric(
         q = np.trunc((blocks - least) * _inverse(scale) + np.float32(0.5))
         return half, half_least, np.clip(q, 0, top).astype(np.uint8)
     weights = _weights(values, importance)
-    scale, least = (part[:, None] for part in fit_offset(blocks.T, weights.T, int(top)))
-    half, half_least = _to_half(scale, most, name), _to_half(least, least, name)
+    plain = _rounded_line(blocks, (most - least) / top, least, top, name)
+    scale, offset = fit_offset(blocks.T, weights.T, int(top))
+    searched = _rounded_line(blocks, scale[:, None], offset[:, None], top, name)
+    # Weights that come from such blocks already lie on their steps; a search in float32 may miss that by a hair.
+    errors = [
+        (weights * (half.astype(np.float32) * q + at.astype(np.float32) - blocks) ** 2).sum(1, keepdims=True)
+        for half, at, q in (plain, searched)
+    ]
+    better = errors[1] < errors[0]
+    half, half_least, q = (np.where(better, new, old) for new, old in zip(searched, plain))
+    return half, half_least, q.astype(np.uint8)
+
+
+def _rounded_line(
+    blocks: np.ndarray, scale: np.ndarray, least: np.ndarray, top: np.float32, name: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scale and least value in half precision, and the nearest numbers for what they then are."""
+    half, half_least = _to_half(scale, blocks, name), _to_half(least, least, name)
     q = np.rint((blocks - half_least.astype(np.float32)) * _inverse(half.astype(np.float32)))
-    return half, half_least, np.clip(q, 0, top).astype(np.uint8)
+    return half, half_least, np.clip(q, 0, top)
 
 
 def _weights(values: np.ndarray, importance: np.ndarray) -> np.ndarray:
