@@ -26,6 +26,7 @@ _WHERE = {
     "verify": "lexmill.runtimes.verify",
     "export_huggingface": "lexmill.runtimes.huggingface",
     "export_gguf": "lexmill.runtimes.llama_cpp",
+    "collect_importance": "lexmill.evaluate.importance",
     "run": "lexmill.recipe.run",
     "LexmillError": "lexmill.errors",
 }
@@ -35,6 +36,7 @@ __all__ = ["__version__", *_WHERE]
 if TYPE_CHECKING:
     from lexmill.data.prepare import prepare
     from lexmill.errors import LexmillError
+    from lexmill.evaluate.importance import collect_importance
     from lexmill.evaluate.stage import evaluate
     from lexmill.finetune.stage import finetune
     from lexmill.inference.language_model import load

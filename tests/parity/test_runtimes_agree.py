@@ -257,7 +257,9 @@ def test_rounded_activations_explain_what_llama_cpp_does(tmp_path, models, type)
     file = export_gguf(model, tmp_path / "m.gguf", type)
     reference = verify_reference.Reference(load(model.path), model, ["The"], 2)
     with GGUFFile.open(file) as opened:
-        own = reference.with_weights(llama_cpp.file_weights(opened, model), type)
+        own = reference.with_weights(
+            llama_cpp.file_weights(opened, model), llama_cpp.file_types(opened, model)
+        )
     with LlamaCpp(file, threads=1) as runtime:
         theirs = runtime.logprobs(texts, 512)
     plain, rounded = (

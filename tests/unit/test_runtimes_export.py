@@ -75,15 +75,19 @@ def test_gguf_holds_the_model(tmp_path, make_model, shape, type):
         metadata = file.metadata
         assert metadata["general.architecture"] == family and metadata["general.name"] == "m"
         assert metadata["general.file_type"] == FILE_TYPES[type]
-        assert ("general.quantization_version" in metadata) == (type == "q8_0")
+        assert ("general.quantization_version" in metadata) == (type not in ("f32", "f16", "bf16"))
         assert metadata[f"{family}.attention.key_length"] == config.head_width
         assert metadata[f"{family}.attention.layer_norm_rms_epsilon"] == np.float32(config.norm_eps)
         assert metadata[f"{family}.rope.freq_base"] == config.rope_theta
         assert set(file.tensors) == {name.gguf for name in weight_names(config)}
         for info in file.tensors.values():
-            assert info.type.name == ("F32" if len(info.shape) == 1 else type.upper())
+            if len(info.shape) == 1:
+                assert info.type.name == "F32"
+            elif "_k" not in type and info.name not in ("output.weight", "token_embd.weight"):
+                assert info.type.name == type.upper()
         error, _ = weight_error(file, model)
-        assert error == 0 if type == "f32" else 0.5 < error <= 1  # all but all of what the type explains
+        # all but all of what the type explains; of fewer bits a row must be within three times that
+        assert error == 0 if type == "f32" else (0.5 if "8" in type or "16" in type else 0.3) < error <= 1
         tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
         assert len(tokens) == len(types) == config.vocab_size == len(set(tokens))
         assert types[:4].tolist() == [3] * 4 and types[4] == 1
@@ -131,8 +135,8 @@ def test_weight_error_sees_a_single_weight(tmp_path, model, make_model):
 
 
 def test_unknown_type_and_weights_out_of_range(tmp_path, model):
-    with pytest.raises(ConfigError, match="q4_k_m' is not supported"):
-        export_gguf(model, tmp_path / "m.gguf", "q4_k_m")
+    with pytest.raises(ConfigError, match="iq2_xs' is not supported"):
+        export_gguf(model, tmp_path / "m.gguf", "iq2_xs")
     weights = model.weights() | {"decoder.blocks.0.mlp.up.weight": np.full((96, 64), 1e5, np.float32)}
     large = write_model_directory(tmp_path / "large", model.config, weights, model.tokenizer)
     with pytest.raises(FormatError, match=r"up_proj.*too large for F16"):

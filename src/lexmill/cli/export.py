@@ -13,6 +13,11 @@ app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Write a model for Hugging Face, llama.cpp or Ollama."
 )
 
+_TYPES = (
+    "f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0; which tensor gets "
+    "which type is llama.cpp's choice."
+)
+
 
 @app.command()
 def hf(model: Model, out: Out) -> None:
@@ -28,14 +33,18 @@ def hf(model: Model, out: Out) -> None:
 def gguf(
     model: Model,
     out: Out,
-    type: Annotated[str, typer.Option("--type", help="f32, f16, bf16 or q8_0.")] = "f16",
+    type: Annotated[str, typer.Option("--type", help=_TYPES)] = "f16",
+    imatrix: Annotated[
+        Path | None,
+        typer.Option("--imatrix", help="An importance matrix, made by lexmill imatrix.", show_default=False),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """A GGUF file for llama.cpp."""
     from lexmill.inference.language_model import find_model
     from lexmill.runtimes.llama_cpp import export_gguf
 
-    export_gguf(find_model(model), out, type, make_progress(quiet))
+    export_gguf(find_model(model), out, type, make_progress(quiet), imatrix)
     typer.echo(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 

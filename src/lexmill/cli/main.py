@@ -19,6 +19,7 @@ from lexmill.cli import (
     fill,
     finetune,
     generate,
+    imatrix,
     next_sentence,
     ollama,
     prepare,
@@ -72,6 +73,7 @@ app.command("embed")(_guarded(embed.embed))
 app.add_typer(explain.app, name="explain")
 app.add_typer(export.app, name="export")
 app.add_typer(ollama.app, name="ollama")
+app.command("imatrix")(_guarded(imatrix.imatrix))
 app.command("verify")(_guarded(verify.verify))
 app.command("report")(_guarded(report.report))
 app.command("doctor")(_guarded(doctor.doctor))

@@ -1,23 +1,26 @@
-"""The types that weights have in GGUF files: their sizes, and float32 to and from the ones that we write.
+"""The types that weights have in GGUF files: their sizes, and float32 to and from those that can be converted.
 
 A quantised type stores a row in blocks of a fixed number of weights; a type without blocks is one
-with blocks of one weight. The layouts are those of ggml (ggml-common.h, ggml-quants.c).
+with blocks of one weight. How blocks look is in `blocks32.py` and `k_quants.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lexmill.config import suggest
+from lexmill.devices import threads
 from lexmill.errors import ConfigError, FormatError
+from lexmill.formats import blocks32, k_quants
+from lexmill.formats.blocks32 import refuse_overflow
 from lexmill.formats.safetensors import from_bfloat16, to_bfloat16
 
-_CHUNK = 1 << 20  # weights that are encoded at once, so that temporary arrays stay small
+_CHUNK = 1 << 17  # weights that a thread encodes at once: what lies in a core's cache
 
 
 @dataclass(frozen=True)
@@ -90,19 +93,22 @@ def block_type(name_or_id: str | int) -> BlockType | None:
     return _BY_ID.get(name_or_id) if isinstance(name_or_id, int) else BLOCK_TYPES.get(name_or_id.upper())
 
 
-def encode(array: np.ndarray, kind: BlockType) -> np.ndarray:
-    """Convert weights to the bytes of a type.
+def encode(array: np.ndarray, kind: BlockType, importance: np.ndarray | None = None) -> np.ndarray:
+    """Convert weights to the bytes of a type, on as many threads as `devices.threads` says.
 
     Args:
         array: any shape whose last axis divides into blocks.
         kind: one of `ENCODERS`.
+        importance: what an error in each column costs, (columns,), e.g. of an importance matrix. Types
+            without a search (F32, F16, BF16, Q8_0) take no notice.
 
     Returns:
-        The bytes as a flat uint8 array, rows after each other.
+        The bytes as a flat uint8 array, rows after each other; the same on any number of threads.
 
     Raises:
         ConfigError: there is no encoder for that type.
-        FormatError: rows that do not divide into blocks, or a weight that the type cannot hold.
+        FormatError: rows that do not divide into blocks, a weight that the type cannot hold, or
+            importance that does not fit.
     """
     if kind.name not in ENCODERS:
         raise ConfigError(f"Weights cannot be written as {kind.name} yet.", suggest(kind.name, ENCODERS))
@@ -110,18 +116,44 @@ def encode(array: np.ndarray, kind: BlockType) -> np.ndarray:
         raise FormatError(
             f"Rows of {array.shape[-1]} weights do not divide into {kind.name} blocks of {kind.block_size}."
         )
-    flat = np.ascontiguousarray(array, np.float32).reshape(-1)
+    rows = np.ascontiguousarray(array, np.float32).reshape(-1, array.shape[-1] if array.ndim else 1)
+    if importance is not None:
+        importance = _usable(importance, rows.shape[1])
     result = np.empty(kind.byte_size(array.shape), np.uint8)
-    for start in range(0, flat.size, _CHUNK):
-        part = flat[start : start + _CHUNK]
+    at_once = max(1, _CHUNK // max(rows.shape[1], 1))
+
+    def encode_rows(start: int) -> None:
+        part = rows[start : start + at_once]
         if not np.isfinite(part).all():
             raise FormatError(
                 "A weight is infinite or not a number.", "The training diverged; use an earlier checkpoint."
             )
-        first = start // kind.block_size * kind.block_bytes
-        encoded = ENCODERS[kind.name](part)
+        first = start * rows.shape[1] // kind.block_size * kind.block_bytes
+        encoded = ENCODERS[kind.name](part, importance).reshape(-1)
         result[first : first + encoded.size] = encoded
+
+    starts = range(0, len(rows), at_once)
+    if len(starts) < 2:
+        for start in starts:
+            encode_rows(start)
+    else:
+        with ThreadPoolExecutor(threads()) as pool:  # NumPy lets go of the interpreter while it computes
+            list(pool.map(encode_rows, starts))
     return result
+
+
+def _usable(importance: np.ndarray, columns: int) -> np.ndarray:
+    """Importance as float32 whose mean is 1; a column that never met anything counts a little."""
+    if importance.shape != (columns,):
+        raise FormatError(
+            f"Importance of {importance.size:,} columns does not fit rows of {columns:,} weights."
+        )
+    if not (np.isfinite(importance).all() and (importance >= 0).all()):
+        raise FormatError("Importance is infinite, negative or not a number.", "Make the file again.")
+    mean = float(importance.mean(dtype=np.float64))
+    if mean == 0:
+        return np.ones(columns, np.float32)
+    return (importance / mean).astype(np.float32)
 
 
 def decode(data: np.ndarray, kind: BlockType, shape: Sequence[int]) -> np.ndarray:
@@ -141,51 +173,24 @@ def decode(data: np.ndarray, kind: BlockType, shape: Sequence[int]) -> np.ndarra
         )
     if data.size != kind.byte_size(shape) or not kind.fits(shape):
         raise FormatError(f"{data.size:,} bytes are no {kind.name} tensor of shape {tuple(shape)}.")
-    return DECODERS[kind.name](data).reshape(shape)
+    return DECODERS[kind.name](data.reshape(-1)).reshape(shape)
 
 
-def _encode_f16(values: np.ndarray) -> np.ndarray:
+def _encode_f32(values: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    return values.astype("<f4").view(np.uint8)
+
+
+def _encode_f16(values: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     with np.errstate(over="ignore"):
         half = values.astype("<f2")
-    _refuse_overflow(half, values, "F16")
+    refuse_overflow(half, values, "F16")
     return half.view(np.uint8)
 
 
-def _encode_bf16(values: np.ndarray) -> np.ndarray:
+def _encode_bf16(values: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     bits = to_bfloat16(values)
-    _refuse_overflow(from_bfloat16(bits), values, "BF16")
+    refuse_overflow(from_bfloat16(bits), values, "BF16")
     return bits.astype("<u2").view(np.uint8)
-
-
-def _refuse_overflow(stored: np.ndarray, values: np.ndarray, name: str) -> None:
-    infinite = ~np.isfinite(stored)
-    if infinite.any():
-        raise FormatError(
-            f"The weight {values[infinite.argmax()]:.6g} is too large for {name}.",
-            "Choose the type f32 instead.",
-        )
-
-
-def _encode_q8_0(values: np.ndarray) -> np.ndarray:
-    """As ggml's quantize_row_q8_0_ref, byte for byte: float32 throughout, halves away from zero."""
-    blocks = values.reshape(-1, 32)
-    scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.float32(1) / scale
-        half = scale.astype("<f2")
-    _refuse_overflow(half[:, 0], blocks[:, 0], "Q8_0")
-    # A scale so small that its inverse is infinite is stored as zero: so are its weights.
-    scaled = blocks * np.where(np.isfinite(inverse), inverse, np.float32(0))
-    size = np.abs(scaled)
-    whole = np.floor(size)
-    rounded = np.copysign(whole + np.floor(2 * (size - whole)), scaled).astype(np.int8)
-    return np.concatenate([half.view(np.uint8), rounded.view(np.uint8)], axis=1).reshape(-1)
-
-
-def _decode_q8_0(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, 34)
-    scale = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
-    return blocks[:, 2:].view(np.int8).astype(np.float32) * scale
 
 
 def _plain(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -195,15 +200,36 @@ def _plain(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
     return convert
 
 
-ENCODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "F32": lambda values: values.astype("<f4").view(np.uint8),
+# Each takes whole rows (rows, columns) and the importance of the columns, and gives bytes in any shape.
+ENCODERS: dict[str, Callable[[np.ndarray, np.ndarray | None], np.ndarray]] = {
+    "F32": _encode_f32,
     "F16": _encode_f16,
     "BF16": _encode_bf16,
-    "Q8_0": _encode_q8_0,
+    "Q8_0": blocks32.encode_q8_0,
+    "Q4_0": blocks32.encode_q4_0,
+    "Q4_1": blocks32.encode_q4_1,
+    "Q5_0": blocks32.encode_q5_0,
+    "Q5_1": blocks32.encode_q5_1,
+    "Q4_K": k_quants.encode_q4_k,
+    "Q5_K": k_quants.encode_q5_k,
+    "Q6_K": k_quants.encode_q6_k,
 }
-DECODERS: dict[str, Callable[[np.ndarray], Any]] = {
+# Each takes flat bytes and gives float32 in any shape.
+DECODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "F32": _plain("<f4"),
     "F16": _plain("<f2"),
     "BF16": lambda data: from_bfloat16(np.frombuffer(data, "<u2")),
-    "Q8_0": _decode_q8_0,
+    "Q8_0": blocks32.decode_q8_0,
+    "Q4_0": blocks32.decode_q4_0,
+    "Q4_1": blocks32.decode_q4_1,
+    "Q5_0": blocks32.decode_q5_0,
+    "Q5_1": blocks32.decode_q5_1,
+    "Q2_K": k_quants.decode_q2_k,
+    "Q3_K": k_quants.decode_q3_k,
+    "Q4_K": k_quants.decode_q4_k,
+    "Q5_K": k_quants.decode_q5_k,
+    "Q6_K": k_quants.decode_q6_k,
+    "IQ4_NL": blocks32.decode_iq4_nl,
+    "IQ4_XS": k_quants.decode_iq4_xs,
+    "MXFP4": blocks32.decode_mxfp4,
 }

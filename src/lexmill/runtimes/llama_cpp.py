@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,11 @@ from lexmill.errors import ConfigError, FormatError, LexmillError
 from lexmill.files import explain_os_errors, partial_name
 from lexmill.formats.blocks import BLOCK_TYPES, BlockType, encode
 from lexmill.formats.gguf import GGUFFile, TensorToWrite, Value, string, u32, write_gguf
+from lexmill.formats.imatrix import ImportanceMatrix, read_imatrix
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.names import WeightName, weight_shapes
 from lexmill.progress import SILENT, Progress, Task
+from lexmill.runtimes.gguf_mixes import ALIASES, MIXES, choose_types
 from lexmill.runtimes.gguf_shapes import (
     held_weights,
     permute_rope,
@@ -36,6 +39,7 @@ __all__ = [
     "LlamaCpp",
     "RuntimeFailure",
     "export_gguf",
+    "file_types",
     "file_weights",
     "permute_rope",
     "setting_differences",
@@ -43,13 +47,15 @@ __all__ = [
     "weight_error",
 ]
 
-# What a user may ask for, and general.file_type, which labels the file. Mixtures such as q4_k_m
-# will choose a type a tensor; `_type_of` is the place for that.
-FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
+FILE_TYPES = {name: mix.number for name, mix in MIXES.items()}  # general.file_type labels a file
 
 
 def export_gguf(
-    model: ModelDirectory | Path | str, out: Path | str, type: str = "f16", progress: Progress = SILENT
+    model: ModelDirectory | Path | str,
+    out: Path | str,
+    type: str = "f16",
+    progress: Progress = SILENT,
+    importance: ImportanceMatrix | Path | str | None = None,
 ) -> Path:
     """Write a model directory as one GGUF file, atomically, and read it back before it gets its name.
 
@@ -57,7 +63,9 @@ def export_gguf(
         model: a Llama, Qwen2, Qwen3, BERT or T5 model, or its path. Of BERT the file holds what embeds
             texts, not the heads.
         out: the file, e.g. `model-f16.gguf`.
-        type: of the matrices: "f32", "f16", "bf16" or "q8_0". Norms and biases are always f32.
+        type: one of `FILE_TYPES` in any case, e.g. "f16" or "q4_k_m"; which tensor gets which type is
+            llama.cpp's choice (`gguf_mixes.py`). Norms and biases are always f32.
+        importance: an importance matrix of this model, or its file; what has no entry is quantised without.
 
     Returns:
         `out`.
@@ -65,22 +73,28 @@ def export_gguf(
     Raises:
         ConfigError: an unknown type.
         ModelError: a tokenizer or shape that llama.cpp cannot hold.
-        FormatError: a weight that the type cannot hold.
+        FormatError: a weight that the type cannot hold; an importance matrix that is damaged or not this
+            model's.
 
     Keys and names follow llama.cpp: src/llama-arch.cpp, gguf-py/gguf/constants.py.
     """
-    name = type.lower()
+    name = ALIASES.get(type.lower(), type.lower())
     if name not in FILE_TYPES:
-        raise ConfigError(f"The GGUF type '{type}' is not supported.", suggest(name, FILE_TYPES))
+        raise ConfigError(f"The GGUF type '{type}' is not supported.", suggest(name, [*FILE_TYPES, *ALIASES]))
     model = model if isinstance(model, ModelDirectory) else ModelDirectory.open(model)
     out = Path(out)
     require_place(model.config, str(model.path))
     metadata = _metadata(model, name)
+    if importance is not None:
+        source = "" if isinstance(importance, ImportanceMatrix) else Path(importance).name
+        importance = importance if isinstance(importance, ImportanceMatrix) else read_imatrix(importance)
+        metadata |= _importance_metadata(importance, source)
     unfinished = partial_name(out)
     with explain_os_errors(out, "write"):
         try:
             with progress.task(f"writing {out.name}", model.config.parameters, "weights") as task:
-                writer = _Tensors(model, BLOCK_TYPES[name.upper()], task)
+                writer = _Tensors(model, name, importance, task)
+                writer.tell_replaced(progress)
                 write_gguf(unfinished, metadata, writer.rows())
             _check_written(unfinished, metadata, writer)
             os.replace(unfinished, out)
@@ -89,15 +103,15 @@ def export_gguf(
     return out
 
 
-def _metadata(model: ModelDirectory, type: str) -> dict[str, Value]:
+def _metadata(model: ModelDirectory, mix: str) -> dict[str, Value]:
     config = model.config
     general = {
         "general.architecture": string(config.family),
         "general.type": string("model"),
         "general.name": string(str(model.lineage.get("name") or model.path.resolve().name)),
-        "general.file_type": u32(FILE_TYPES[type]),
+        "general.file_type": u32(FILE_TYPES[mix]),
     }
-    if BLOCK_TYPES[type.upper()].quantised:
+    if BLOCK_TYPES[MIXES[mix].default].quantised:
         general["general.quantization_version"] = u32(2)
     return (
         general
@@ -106,38 +120,72 @@ def _metadata(model: ModelDirectory, type: str) -> dict[str, Value]:
     )
 
 
-class _Tensors:
-    """Makes each tensor's bytes when asked, and remembers their checksums."""
+def _importance_metadata(matrix: ImportanceMatrix, source: str) -> dict[str, Value]:
+    """As llama-quantize records it (tools/quantize/quantize.cpp)."""
+    found = {
+        "quantize.imatrix.file": string(source or "not from a file"),
+        "quantize.imatrix.entries_count": u32(len(matrix.entries)),
+    }
+    if matrix.datasets:
+        found["quantize.imatrix.dataset"] = string(matrix.datasets[-1])
+    if matrix.chunks:
+        found["quantize.imatrix.chunks_count"] = u32(matrix.chunks)
+    return found
 
-    def __init__(self, model: ModelDirectory, type: BlockType, task: Task) -> None:
-        self.model, self.type, self.task = model, type, task
+
+class _Tensors:
+    """Chooses each tensor's type, makes its bytes when asked, and remembers their checksums."""
+
+    def __init__(
+        self, model: ModelDirectory, mix: str, importance: ImportanceMatrix | None, task: Task
+    ) -> None:
+        self.model, self.importance, self.task = model, importance, task
+        self.names, self.shapes = held_weights(model.config), weight_shapes(model.config)
+        matrices = {
+            name.gguf: self.shapes[name.own]
+            for name in self.names
+            if not stays_f32(name, self.shapes[name.own])
+        }
+        self.choices = choose_types(mix, matrices, model.config, importance=importance is not None)
         self.checksums: dict[str, int] = {}
+        known = importance.entries if importance is not None else {}
+        if importance is not None and not known.keys() & matrices.keys():
+            raise FormatError(
+                f"The importance matrix names none of the matrices of {model.path}.",
+                "Make it with this model: lexmill imatrix.",
+            )
+
+    def tell_replaced(self, progress: Progress) -> None:
+        """Say which matrices do not get the type that was asked for."""
+        replaced = Counter(
+            f"{choice.wanted.name} becomes {choice.type.name}"
+            for choice in self.choices.values()
+            if choice.type != choice.wanted
+        )
+        for what, count in sorted(replaced.items()):
+            progress.say(
+                f"{what} in {count} of {len(self.choices)} matrices, whose rows do not divide into its blocks."
+            )
 
     def rows(self) -> Iterator[TensorToWrite]:
-        config = self.model.config
-        shapes = weight_shapes(config)
-        for name in held_weights(config):
-            shape = shapes[name.own]
-            kind = _type_of(name, shape, self.type)
-            yield TensorToWrite(name.gguf, shape, kind, partial(self._produce, name, kind))
+        for name in self.names:
+            choice = self.choices.get(name.gguf)
+            kind = choice.type if choice else BLOCK_TYPES["F32"]
+            yield TensorToWrite(name.gguf, self.shapes[name.own], kind, partial(self._produce, name, kind))
 
     def _produce(self, name: WeightName, kind: BlockType) -> np.ndarray:
         weight = weight_in_gguf(self.model, name)
         try:
-            data = encode(weight, kind)
+            column = None
+            if self.importance is not None and kind.quantised:
+                column = self.importance.importance(name.gguf, weight.shape[-1])
+            data = encode(weight, kind, column)
         except LexmillError as error:
             where = f"{self.model.path}: weight '{name.huggingface}'"
             raise FormatError(f"{where}: {error.message}", error.hint) from error
         self.checksums[name.gguf] = zlib.crc32(data.data)
         self.task.advance(weight.size)
         return data
-
-
-def _type_of(name: WeightName, shape: tuple[int, ...], wanted: BlockType) -> BlockType:
-    """Norms and biases stay f32; rows that do not divide into blocks become f16, as llama.cpp does."""
-    if stays_f32(name, shape):
-        return BLOCK_TYPES["F32"]
-    return wanted if wanted.fits(shape) else BLOCK_TYPES["F16"]
 
 
 def _check_written(path: Path, metadata: dict[str, Value], writer: _Tensors) -> None:
@@ -167,6 +215,18 @@ def _same(found: object, value: Value) -> bool:
 # Half a step of each type, as a share of the largest weight in its block: 2^-11, 2^-8, and 1/254 plus
 # the rounding of the scale to f16. Norms and biases are f32 in every file: they must be exact.
 _HALF_STEPS = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 1 / 254 + 2.0**-10}
+# Types with fewer bits: a search may cut off single weights, so a row is judged as a whole.
+_BITS = {
+    "Q6_K": 6,
+    "Q5_0": 5,
+    "Q5_1": 5,
+    "Q5_K": 5,
+    "Q4_0": 4,
+    "Q4_1": 4,
+    "Q4_K": 4,
+    "IQ4_NL": 4,
+    "IQ4_XS": 4,
+}
 
 
 def weight_error(file: GGUFFile, model: ModelDirectory) -> tuple[float, str]:
@@ -175,7 +235,7 @@ def weight_error(file: GGUFFile, model: ModelDirectory) -> tuple[float, str]:
     Returns:
         The error as a multiple of the largest that the tensor's type explains, so that up to 1 is
         rounding; infinite where a tensor is missing, has another shape or should be exact; and the
-        tensor's name.
+        tensor's name. Of types below 8 bits it is the root mean square over the worst row.
 
     Raises:
         FormatError: a tensor of a type that cannot be read yet.
@@ -186,17 +246,40 @@ def weight_error(file: GGUFFile, model: ModelDirectory) -> tuple[float, str]:
         info = file.tensors.get(name.gguf)
         if info is None or info.shape != weight.shape:
             return float("inf"), f"{name.gguf} is missing or has another shape"
-        if info.type.name not in _HALF_STEPS:
+        error = np.abs(file.read(name.gguf) - weight)
+        if info.type.name in _HALF_STEPS:
+            share = _largest_share(error, weight, info.type.name)
+        elif info.type.name in _BITS:
+            share = _row_share(error, weight, _BITS[info.type.name])
+        else:
             raise FormatError(f"{file.path}: the error of {info.type.name} tensors is not known.")
-        block = 32 if weight.shape[-1] % 32 == 0 else weight.shape[-1]
-        error = np.abs(file.read(name.gguf) - weight).reshape(-1, block).max(-1)
-        allowed = np.abs(weight).reshape(-1, block).max(-1) * _HALF_STEPS[info.type.name]
-        # half-precision numbers, scales among them, end at 2^-24
-        allowed = np.maximum(allowed, 0 if info.type.name == "F32" else 2.0**-24)
-        share = float(np.max(np.where(error == 0, 0, error / np.maximum(allowed, _TINY))))
         if not share <= worst:  # true for NaN
             worst, where = share, name.gguf
     return worst, where
+
+
+def _largest_share(error: np.ndarray, weight: np.ndarray, type: str) -> float:
+    """The largest error as a multiple of half a step."""
+    block = 32 if weight.shape[-1] % 32 == 0 else weight.shape[-1]
+    allowed = np.abs(weight).reshape(-1, block).max(-1) * _HALF_STEPS[type]
+    # half-precision numbers, scales among them, end at 2^-24
+    allowed = np.maximum(allowed, 0 if type == "F32" else 2.0**-24)
+    largest = error.reshape(-1, block).max(-1)
+    return float(np.max(np.where(largest == 0, 0, largest / np.maximum(allowed, _TINY))))
+
+
+def _row_share(error: np.ndarray, weight: np.ndarray, bits: int) -> float:
+    """The root mean square error of the worst row, as a multiple of three times that of rounding to whole steps.
+
+    So many bits cut the range from minus to plus a block's largest weight into 2^bits steps, and rounding
+    to them is off by step / sqrt(12) in the root mean square. Three times that leaves room for searches
+    with importance, which cut unimportant weights off (docs/decisions.md).
+    """
+    rows = len(weight)
+    peaks = np.abs(weight).reshape(rows, -1, 32).max(-1)
+    allowed = 3 * (2.0 / 2**bits) / np.sqrt(12) * np.sqrt(np.square(peaks).mean(-1))
+    allowed = np.maximum(allowed, 2.0**-20)  # tiny weights: 6-bit scales of half-precision units
+    return float((np.sqrt(np.square(error).reshape(rows, -1).mean(-1)) / allowed).max())
 
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -217,6 +300,11 @@ def file_weights(file: GGUFFile, model: ModelDirectory) -> dict[str, np.ndarray]
         if name.own not in weights:  # the embedding once, not as a projection too
             weights[name.own] = weight_from_gguf(file.read(name.gguf), model.config, name)
     return weights
+
+
+def file_types(file: GGUFFile, model: ModelDirectory) -> dict[str, str]:
+    """The type that each weight has in a file, by lexmill's names; of one held twice, that of the projection."""
+    return {name.own: file.tensors[name.gguf].type.name for name in held_weights(model.config)}
 
 
 def setting_differences(file: GGUFFile, model: ModelDirectory) -> list[str]:

@@ -82,7 +82,7 @@ def _pipeline(config: ModelConfig) -> str:
 def _where(config: ModelConfig, chat: bool) -> str:
     rows = {"transformers": "yes, from this directory"}
     if config.shape == "decoder":
-        rows["llama.cpp"] = "yes, exported to GGUF (f32, f16, bf16, q8_0)"
+        rows["llama.cpp"] = "yes, exported to GGUF (f32, f16, bf16, and quantised from q8_0 to q4_0)"
         rows["Ollama"] = "yes, from the GGUF file with its Modelfile" if chat else "yes, from the GGUF file"
     elif config.family == "bert":
         rows["llama.cpp"] = "embeddings only, exported to GGUF; it has no place for the heads"

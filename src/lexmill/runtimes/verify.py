@@ -21,7 +21,7 @@ from lexmill.errors import LexmillError, MissingPackageError
 from lexmill.formats.gguf import GGUFFile
 from lexmill.model.directory import ModelDirectory
 from lexmill.progress import SILENT, Progress, Task
-from lexmill.runtimes.llama_cpp import FILE_TYPES, file_weights, setting_differences, weight_error
+from lexmill.runtimes.llama_cpp import FILE_TYPES, file_types, file_weights, setting_differences, weight_error
 from lexmill.runtimes.llama_cpp_server import LlamaCpp
 from lexmill.runtimes.ollama_api import OllamaServer, ollama_place
 from lexmill.runtimes.verify_cases import DEFAULT_PROMPTS
@@ -169,10 +169,11 @@ def _check_gguf(path: Path, own: _Own, task: Task) -> Iterator[Check]:
             check = _weights_check(name, file, own.directory)
             exact = check.figure == 0 and type == "f32"
             weights = file_weights(file, own.directory) if check.passed and not exact else None
+            types = file_types(file, own.directory) if weights is not None else {}
     except LexmillError as error:
         yield Check(name, "weights", False, detail=str(error))
         return
-    asked, cost = _asked_of_file(own, weights, type)
+    asked, cost = _asked_of_file(own, weights, types, type)
     yield replace(check, detail=check.detail + cost)
     task.advance(1)
     if not own.read:
@@ -196,13 +197,13 @@ def _weights_check(runtime: str, file: GGUFFile, directory: ModelDirectory) -> C
 
 
 def _asked_of_file(
-    own: _Own, weights: Mapping[str, np.ndarray] | None, type: str | None
+    own: _Own, weights: Mapping[str, np.ndarray] | None, types: Mapping[str, str], type: str | None
 ) -> tuple[Callable[[str, Any], Iterator[Check]], str]:
     """What is asked of llama.cpp running a file, and what the detail says of what rounding cost.
 
     The other side is lexmill running what the file holds: `weights`, or None for the model's own. That
     is also what a file that does not hold the model is compared with: two that agree on something else
-    prove nothing.
+    prove nothing. `types` are those of the weights in the file.
     """
     from lexmill.runtimes.verify_embeddings import compare_embeddings
 
@@ -211,10 +212,10 @@ def _asked_of_file(
         return lambda name, runtime: compare_embeddings(name, runtime, model, type), ""
     reference, cost = own.reference, ""
     if weights is not None:
-        reference = own.reference.with_weights(weights, type or "")
+        reference = own.reference.with_weights(weights, types)
         divergence = mean_divergence(own.reference.logprobs, reference.logprobs)
         cost = f"; what rounding the weights costs: mean KL {divergence:.2g} nats"
-    tolerance = TOLERANCES[type] if type else None
+    tolerance = TOLERANCES.get(type or "")
     return lambda name, runtime: Comparison(name, runtime, reference, tolerance).all(), cost
 
 

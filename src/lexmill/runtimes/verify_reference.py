@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class Reference:
         self.rounding = ""
         self.rounded_logprobs: np.ndarray | None = None
         self.length = tokens
+        self._rounded = Rounded({}, None)
         self.greedy = self._continued()
         self.positions = [ids[:end] for ids in self.prompts for end in sorted({1, (len(ids) + 1) // 2})]
         self.positions += [
@@ -61,12 +62,13 @@ class Reference:
         ]
         self.logprobs = np.stack([self.row(ids) for ids in self.positions])
 
-    def with_weights(self, weights: Mapping[str, np.ndarray], rounding: str) -> Reference:
+    def with_weights(self, weights: Mapping[str, np.ndarray], types: Mapping[str, str]) -> Reference:
         """The same questions answered by the same model with other weights.
 
         Args:
             weights: every weight by lexmill's name.
-            rounding: one of `ROUNDING`, or "".
+            types: the type that a weight has in the file, "Q8_0" and so on, by the same names; it decides how
+                the runtime rounds what that weight is multiplied with.
         """
         decoder = Decoder(self.directory.config)
         decoder.load_weights(weights)
@@ -74,8 +76,9 @@ class Reference:
         other.model = LanguageModel(decoder.eval(), self.tokenizer)
         other.greedy = other._continued()
         other.logprobs = np.stack([other.row(ids) for ids in self.positions])
-        if rounding in ROUNDING:
-            other.rounding = rounding
+        other._rounded = rounded_activations(decoder, types)
+        other.rounding = " and ".join(sorted({rounding.name for rounding in other._rounded.kinds}))
+        if other.rounding:
             other.rounded_logprobs = np.stack([other.row(ids, rounded=True) for ids in self.positions])
         return other
 
@@ -84,7 +87,7 @@ class Reference:
         return self._rows(ids, rounded)[-1]
 
     def _rows(self, ids: Sequence[int], rounded: bool) -> np.ndarray:
-        with rounded_activations(self.rounding if rounded else ""):
+        with self._rounded if rounded else contextlib.nullcontext():
             return log_softmax(self.model.logits(ids))
 
     def _continued(self) -> list[tuple[list[int], int, list[int]]]:
@@ -111,6 +114,13 @@ class Reference:
         return gaps
 
 
+class Rounding(NamedTuple):
+    """How llama.cpp rounds what it multiplies with weights of some type."""
+
+    name: str
+    apply: Callable[[torch.Tensor], torch.Tensor]
+
+
 def _to_q8_0(values: torch.Tensor) -> torch.Tensor:
     """As ggml's quantize_row_q8_0 and back; rows that do not divide into blocks are f16, like their weights."""
     if values.shape[-1] % 32:
@@ -121,25 +131,61 @@ def _to_q8_0(values: torch.Tensor) -> torch.Tensor:
     return (torch.round(blocks * inverse) * (largest / 127).half().float()).reshape(values.shape)
 
 
-# How llama.cpp rounds what it multiplies with weights of a type (ggml-cpu.c, `vec_dot_type`). It rounds for f16
-# as well, but imitating that brought the answers no nearer on a trained model, so nothing is said of it.
-ROUNDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "bf16": lambda values: values.bfloat16().float(),
-    "q8_0": _to_q8_0,
+def _to_q8_k(values: torch.Tensor) -> torch.Tensor:
+    """As ggml's quantize_row_q8_K and back: blocks of 256, whose largest weight becomes -127; a float32 scale."""
+    blocks = values.reshape(-1, 256)
+    peak = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    inverse = torch.where(peak != 0, -127 / peak, torch.zeros_like(peak))
+    scale = torch.where(peak != 0, 1 / inverse, torch.zeros_like(peak))
+    return (torch.round(blocks * inverse) * scale).reshape(values.shape)
+
+
+_BF16 = Rounding("BF16", lambda values: values.bfloat16().float())
+_Q8_0, _Q8_K = Rounding("Q8_0", _to_q8_0), Rounding("Q8_K", _to_q8_k)
+# By the type of the weights (ggml-cpu.c, `vec_dot_type`). It rounds for F16 as well, but imitating that brought
+# the answers no nearer on a trained model, so nothing is said of it.
+ROUNDING = {
+    "BF16": _BF16,
+    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "MXFP4"), _Q8_0),
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"), _Q8_K),
 }
 
 
-def rounded_activations(type: str) -> contextlib.AbstractContextManager[Any]:
-    """Within this block the input of every product with weights is rounded as llama.cpp does for `type`."""
-    return _Rounded(ROUNDING[type]) if type else contextlib.nullcontext()
+# These meet blocks whose sum is rounded for itself and multiplied with the offsets of the weights: no rounding
+# of activations alone does the same, so of a file with such weights nothing is said.
+_SUMS_APART = ("Q4_1", "Q5_1")
 
 
-class _Rounded(TorchFunctionMode):
-    def __init__(self, rounding: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def rounded_activations(network: torch.nn.Module, types: Mapping[str, str]) -> Rounded:
+    """Within this block the input of every product with a weight of `network` is rounded as llama.cpp does.
+
+    Args:
+        types: the type of each weight in the file, by lexmill's names. With one that is not imitated
+            nothing is rounded.
+    """
+    if any(kind in _SUMS_APART for kind in types.values()):
+        return Rounded({}, None)
+    found = {
+        id(weight): ROUNDING[types[name]]
+        for name, weight in network.named_parameters()
+        if types.get(name) in ROUNDING
+    }
+    query = next((kind for name, kind in types.items() if name.endswith("attention.q.weight")), "")
+    return Rounded(found, ROUNDING.get(query))
+
+
+class Rounded(TorchFunctionMode):
+    """Rounds inputs of products by the weight; `other` is for queries, keys and values, which are one product."""
+
+    def __init__(self, by_weight: Mapping[int, Rounding], other: Rounding | None) -> None:
         super().__init__()
-        self._rounding = rounding
+        self._by_weight, self._other = by_weight, other
+        self.kinds = {*by_weight.values(), *([other] if other else [])}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear:
-            args = (self._rounding(args[0]), *args[1:])
+            whole = isinstance(args[1], torch.nn.Parameter)
+            rounding = self._by_weight.get(id(args[1])) if whole else self._other
+            if rounding:
+                args = (rounding.apply(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
