@@ -188,6 +188,13 @@ def _decode_q8_0(data: np.ndarray) -> np.ndarray:
     return blocks[:, 2:].view(np.int8).astype(np.float32) * scale
 
 
+def _decode_q4_1(data: np.ndarray) -> np.ndarray:
+    blocks = data.reshape(-1, 20)
+    scale, least = np.ascontiguousarray(blocks[:, :4]).view("<f2").astype(np.float32).T
+    nibbles = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1).astype(np.float32)
+    return nibbles * scale[:, None] + least[:, None]
+
+
 def _plain(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
     def convert(data: np.ndarray) -> np.ndarray:
         return np.frombuffer(data, dtype).astype(np.float32)
@@ -206,4 +213,5 @@ DECODERS: dict[str, Callable[[np.ndarray], Any]] = {
     "F16": _plain("<f2"),
     "BF16": lambda data: from_bfloat16(np.frombuffer(data, "<u2")),
     "Q8_0": _decode_q8_0,
+    "Q4_1": _decode_q4_1,
 }
