@@ -24,6 +24,7 @@ _WHERE = {
     "finetune": "lexmill.finetune.stage",
     "evaluate": "lexmill.evaluate.stage",
     "verify": "lexmill.runtimes.verify",
+    "import_model": "lexmill.runtimes.import_model",
     "export_huggingface": "lexmill.runtimes.huggingface",
     "export_gguf": "lexmill.runtimes.llama_cpp",
     "run": "lexmill.recipe.run",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from lexmill.pretrain.stage import pretrain
     from lexmill.recipe.run import run
     from lexmill.runtimes.huggingface import export_huggingface
+    from lexmill.runtimes.import_model import import_model
     from lexmill.runtimes.llama_cpp import export_gguf
     from lexmill.runtimes.verify import verify
     from lexmill.tokenizer.training import train_tokenizer

@@ -72,7 +72,9 @@ def test_queries_move_as_slowly_as_they_begin_small(family, slow):
     for weight in model.parameters():
         weight.grad = torch.randn(weight.shape, generator=generator)
     optimizers.step(1.0)
-    moved = {name: float((weight.detach() - before[name]).norm()) for name, weight in model.named_parameters()}
+    moved = {
+        name: float((weight.detach() - before[name]).norm()) for name, weight in model.named_parameters()
+    }
     for name in moved:
         if name.endswith(".q.weight"):
             assert rate_factor(name, model.config) == slow

@@ -19,6 +19,7 @@ from lexmill.cli import (
     fill,
     finetune,
     generate,
+    import_model,
     next_sentence,
     prepare,
     pretrain,
@@ -69,6 +70,7 @@ app.command("fill")(_guarded(fill.fill))
 app.command("next-sentence")(_guarded(next_sentence.next_sentence))
 app.command("embed")(_guarded(embed.embed))
 app.add_typer(explain.app, name="explain")
+app.command("import")(_guarded(import_model.import_model))
 app.add_typer(export.app, name="export")
 app.command("verify")(_guarded(verify.verify))
 app.command("report")(_guarded(report.report))
