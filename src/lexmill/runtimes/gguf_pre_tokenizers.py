@@ -110,9 +110,6 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
             r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         )
     ),
-    "deepseek-coder": PreTokenizer(
-        _split(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")
-    ),
 }
 
 

@@ -14,6 +14,7 @@ from lexmill.errors import ModelError
 from lexmill.formats.gguf import Value, array, boolean, string, u32
 from lexmill.runtimes.gguf_encoder_tokenizers import unigram_metadata, wordpiece_metadata
 from lexmill.runtimes.gguf_pre_tokenizers import name_of, spelled
+from lexmill.runtimes.gguf_sentencepiece import is_sentencepiece_bpe, sentencepiece_metadata
 from lexmill.runtimes.gguf_vocabulary import END_TEXTS
 from lexmill.tokenizer.special import END_OF_TURN
 from lexmill.tokenizer.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str, Value]:
-    """The `tokenizer.*` keys for a byte-level BPE, WordPiece or unigram tokenizer.
+    """The `tokenizer.*` keys for a tokenizer of any kind that llama.cpp has.
 
     Args:
         tokenizer: as loaded from a model directory.
@@ -36,7 +37,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str,
     make = {"wordpiece": wordpiece_metadata, "unigram": unigram_metadata}.get(tokenizer.kind)
     if make is not None:
         return make(tokenizer, values, *_tokens(tokenizer, values, rows, where), where)
-    pre = _check_form(values, where)
+    pre = "" if is_sentencepiece_bpe(values) else _check_form(values, where)
     texts, types = _tokens(tokenizer, values, rows, where)
     ids = tokenizer.ids
     end = ids.eos if ids.eos is not None else next(iter(ids.stop), None)
@@ -45,14 +46,19 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str,
             f"{where}: no token ends a text, so llama.cpp would never stop.",
             "Set 'eos_token' in tokenizer_config.json.",
         )
-    metadata = {
-        "tokenizer.ggml.model": string("gpt2"),
-        "tokenizer.ggml.pre": string(pre),
-        "tokenizer.ggml.tokens": array("string", texts),
-        "tokenizer.ggml.token_type": array("i32", types),
-        "tokenizer.ggml.merges": array(
-            "string", [_merge_text(pair, where) for pair in values["model"]["merges"]]
-        ),
+    if pre:
+        vocabulary = {
+            "tokenizer.ggml.model": string("gpt2"),
+            "tokenizer.ggml.pre": string(pre),
+            "tokenizer.ggml.tokens": array("string", texts),
+            "tokenizer.ggml.token_type": array("i32", types),
+            "tokenizer.ggml.merges": array(
+                "string", [_merge_text(pair, where) for pair in values["model"]["merges"]]
+            ),
+        }
+    else:
+        vocabulary = sentencepiece_metadata(values, texts, types, where)
+    metadata = vocabulary | {
         # llama.cpp's default for each missing id is 11: write them even where nothing uses them
         "tokenizer.ggml.bos_token_id": u32(end if ids.bos is None else ids.bos),
         "tokenizer.ggml.eos_token_id": u32(end),
