@@ -76,7 +76,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"), _LLAMA_BPE),
     **dict.fromkeys(("lfm2", "jina-v5-nano"), _LLAMA_BPE),
     "dbrx": _DBRX,
-    **dict.fromkeys(("smaug-bpe", "glm4", "chatglm-bpe"), _DBRX),
+    **dict.fromkeys(("smaug-bpe", "chatglm-bpe"), _DBRX),
     "default": PreTokenizer(_split(_PUNCTUATION, _GPT2, r"\p{N}+", _THREE_DIGITS)),
     "falcon": PreTokenizer(_split(r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, _THREE_DIGITS)),
     "gpt-4o": _GPT4O,

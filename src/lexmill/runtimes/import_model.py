@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,10 @@ def _import_directory(source: Path, out: Path, dtype: str, shard_bytes: int) -> 
         )
     model = ModelDirectory.open(source)
     check_target(source, out)
+    license = _license(source / "README.md")
     lineage = {
         "name": model.lineage.get("name") or source.resolve().name,
+        **({"license": license} if license else {}),
         **model.lineage,
         "imported": {
             "format": "Hugging Face directory",
@@ -97,6 +100,17 @@ def _import_directory(source: Path, out: Path, dtype: str, shard_bytes: int) -> 
         },
     }
     return publish(model, out, lineage=lineage, dtype=dtype, shard_bytes=shard_bytes)
+
+
+def _license(readme: Path) -> str:
+    """What a model card's header says of the licence; "" if nothing."""
+    if not readme.is_file():
+        return ""
+    with open(readme, encoding="utf-8", errors="replace") as file:
+        text = file.read(1 << 16)
+    header = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    found = re.search(r"^license:[ \t]*[\"']?([A-Za-z0-9._-]+)", header, re.M)
+    return found[1] if found else ""
 
 
 def _import_gguf(

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lexmill.errors import FormatError, ModelError
+from lexmill.formats.charsmap import compile_charsmap
 from lexmill.runtimes.gguf_encoder_tokenizers import WHITESPACE
 from lexmill.runtimes.gguf_pre_tokenizers import as_json, pre_tokenizer
 from lexmill.runtimes.gguf_vocabulary import (
@@ -333,18 +334,22 @@ def _charsmap(vocabulary: Vocabulary) -> dict[str, Any] | None:
 def _unigram_spaces(charsmap: dict[str, Any] | None, where: str) -> dict[str, Any]:
     """How text is normalised and cut: as T5 has it where the map makes every whitespace a space.
 
-    Otherwise only spaces are spaces, as in llama.cpp, which knows no other kind.
+    Otherwise only spaces are spaces, as in llama.cpp, which knows no other kind. A map that does
+    nothing but name spaces, as lexmill's exports write it, becomes the steps that it stands for:
+    `Precompiled` in tokenizers swallows a mark behind a space (an invisible joiner), llama.cpp does not.
     """
+    cuts = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace()]}
+    swap = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
     if charsmap is not None:
+        for letters, step in ((WHITESPACE + _SPACE, swap), (WHITESPACE, None)):
+            own = base64.b64encode(compile_charsmap(dict.fromkeys(letters, " "))).decode("ascii")
+            if charsmap["precompiled_charsmap"] == own:
+                return {"normalizer": step, "pre_tokenizer": cuts}
         probe = parse(json.dumps({**EMPTY, "model": _ONE_PIECE, "normalizer": charsmap}), where)
         with panics_as_errors(f"{where}: the map of characters is damaged"):
             plain = all(probe.normalizer.normalize_str(letter) == " " for letter in WHITESPACE)
         if plain:
-            cuts = [{"type": "WhitespaceSplit"}, metaspace()]
-            return {
-                "normalizer": charsmap,
-                "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
-            }
+            return {"normalizer": charsmap, "pre_tokenizer": cuts}
     strip = {"type": "Strip", "strip_left": True, "strip_right": True}
     replace = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
     steps = [*([charsmap] if charsmap else []), strip, replace]
