@@ -27,6 +27,7 @@ _WHERE = {
     "import_model": "lexmill.runtimes.import_model",
     "export_huggingface": "lexmill.runtimes.huggingface",
     "export_gguf": "lexmill.runtimes.llama_cpp",
+    "push": "lexmill.runtimes.hub",
     "run": "lexmill.recipe.run",
     "LexmillError": "lexmill.errors",
 }
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from lexmill.inference.language_model import load
     from lexmill.pretrain.stage import pretrain
     from lexmill.recipe.run import run
+    from lexmill.runtimes.hub import push
     from lexmill.runtimes.huggingface import export_huggingface
     from lexmill.runtimes.import_model import import_model
     from lexmill.runtimes.llama_cpp import export_gguf

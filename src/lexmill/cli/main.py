@@ -23,6 +23,7 @@ from lexmill.cli import (
     next_sentence,
     prepare,
     pretrain,
+    push,
     report,
     run,
     tokenizer,
@@ -72,6 +73,7 @@ app.command("embed")(_guarded(embed.embed))
 app.add_typer(explain.app, name="explain")
 app.command("import")(_guarded(import_model.import_model))
 app.add_typer(export.app, name="export")
+app.command("push")(_guarded(push.push))
 app.command("verify")(_guarded(verify.verify))
 app.command("report")(_guarded(report.report))
 app.command("doctor")(_guarded(doctor.doctor))

@@ -99,7 +99,7 @@ def publish(
         if model.has_tokenizer and model.tokenizer.chat_template:
             with atomic_write(folder / "chat_template.jinja", "w") as file:
                 file.write(model.tokenizer.chat_template)
-        if lineage:
+        if lineage or (model.path / LINEAGE_FILE).is_file():
             write_json(folder / LINEAGE_FILE, dict(lineage))
         readme = model.path / "README.md"
         if readme.is_file() and not card:
