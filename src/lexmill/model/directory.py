@@ -125,6 +125,13 @@ class ModelDirectory:
             raise ModelError(f"{config_path} should hold a JSON object.", _COMPLETE)
         weights = open_weights(path)
         config = ModelConfig.from_huggingface(values, str(config_path), _telling_names(weights))
+        tensors = len(weights.names())
+        if config.layers + config.decoder_layers > tensors:  # before a table of so many layers is made
+            raise ModelError(
+                f"{config_path} asks for {config.layers + config.decoder_layers:,} layers, but the weights are "
+                f"only {tensors:,} tensors.",
+                _COMPLETE,
+            )
         tokenizer = Tokenizer.load(path) if has_tokenizer(path) else None
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise ModelError(
@@ -217,6 +224,12 @@ def write_model_directory(
                 "bos_token_id": ids.bos,
                 "eos_token_id": list(ids.stop),
                 "pad_token_id": ids.pad,
+                # left out, ModernBERT's defaults would stand, which lie outside a small vocabulary
+                **{
+                    f"{name}_token_id": token
+                    for name in ("cls", "sep")
+                    if (token := getattr(ids, name)) is not None
+                },
                 "dtype": dtype,
                 "torch_dtype": dtype,  # transformers 4 reads this name
             },

@@ -126,7 +126,7 @@ def read_vocabulary(file: GGUFFile) -> Vocabulary:
     scores = np.zeros(0, np.float32) if scores is None else scores.astype(np.float32)
     if not np.isfinite(scores).all():
         raise FormatError(f"{where}: '{_PREFIX}scores' holds something that is no number.", _HINT)
-    merges = values.get(_PREFIX + "merges") or []
+    merges = values.get(_PREFIX + "merges", [])
     if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
         raise FormatError(f"{where}: '{_PREFIX}merges' holds something else than texts.", _HINT)
     used = len(texts)

@@ -211,7 +211,12 @@ def _checked_generation(model: ModelDirectory) -> dict[str, Any] | None:
 
 def _id_list(values: Mapping[str, Any]) -> list[int]:
     listed = values.get("eos_token_id")
-    return listed if isinstance(listed, list) else [] if listed is None else [listed]
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(isinstance(token, int) for token in ids):
+        raise ModelError(
+            f"'eos_token_id' is {str(listed)[:60]}, which are no ids.", "Set it to a list of ids."
+        )
+    return ids
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -116,9 +116,10 @@ def _license(readme: Path) -> str:
 def _import_gguf(
     file: GGUFFile, out: Path, dtype: str, shard_bytes: int, progress: Progress
 ) -> ModelDirectory:
-    if file.metadata.get("general.type", "model") != "model":
+    kind, name = (file.metadata.get(f"general.{key}") for key in ("type", "name"))
+    if kind is not None and not (isinstance(kind, str) and kind == "model"):
         raise ModelError(
-            f"{file.path} holds '{str(file.metadata['general.type'])[:60]}', not a model.",
+            f"{file.path} holds '{str(kind)[:60]}', not a model.",
             "Projectors, adapters and importance matrices cannot be imported.",
         )
     vocabulary = read_vocabulary(file)
@@ -130,7 +131,7 @@ def _import_gguf(
     dtypes = {own: dtype for own in weights} if dtype else weights.exact_dtypes()
     license = file.metadata.get("general.license")
     lineage: dict[str, Any] = {
-        "name": str(file.metadata.get("general.name") or file.path.stem),
+        "name": name if isinstance(name, str) and name else file.path.stem,
         **({"license": license} if isinstance(license, str) else {}),
         "imported": {
             "format": "GGUF",

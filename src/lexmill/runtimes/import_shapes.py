@@ -127,7 +127,7 @@ def config_from_gguf(file: GGUFFile, rows: int) -> ModelConfig:
         FormatError: a setting is missing or makes no sense.
     """
     family = file.metadata.get("general.architecture")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise ModelError(
             f"{file.path}: models of the architecture '{str(family)[:60]}' cannot be imported.",
             f"Those of {', '.join(ARCHITECTURES)} can.",
