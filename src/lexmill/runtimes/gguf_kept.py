@@ -79,7 +79,8 @@ def restored(
         if "changed" in row and key in written:
             values = list(written[key].value)
             for number, value in row["changed"].items():
-                values[int(number)] = value
+                if number.isdecimal() and int(number) < len(values):
+                    values[int(number)] = value
             found[key] = Value(row["type"], values, items=True)
         elif "value" in row:
             found[key] = Value(row["type"], row["value"], items=isinstance(row["value"], list))

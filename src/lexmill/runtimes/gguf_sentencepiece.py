@@ -17,9 +17,10 @@ _LETTER_SCORE = -1e4  # of what no merge makes; only the order of merged pieces 
 
 
 def is_sentencepiece_bpe(values: Mapping[str, Any]) -> bool:
-    """Whether tokenizer.json is of this kind: BPE that falls back to bytes."""
-    model = values.get("model") or {}
-    return model.get("type") == "BPE" and bool(model.get("byte_fallback"))
+    """Whether tokenizer.json is of this kind: BPE of letters that falls back to bytes."""
+    model, decoder = values.get("model") or {}, values.get("decoder") or {}
+    letters = decoder.get("type") != "ByteLevel"
+    return letters and model.get("type") == "BPE" and bool(model.get("byte_fallback"))
 
 
 def sentencepiece_metadata(
