@@ -13,6 +13,7 @@ from test_import_tokenizers import check_round_trip, differences
 
 from lexmill.errors import FileError, FormatError, LexmillError, ModelError
 from lexmill.formats.gguf import GGUFFile
+from lexmill.inference.language_model import load
 from lexmill.model.build import build_model
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
@@ -208,6 +209,10 @@ def test_sentence_transformers_files_stay(tmp_path, models):
     with GGUFFile.open(path) as file:
         assert file.metadata["bert.pooling_type"] == 2
     assert import_model(path, tmp_path / "back").pooling == "cls"
+    model = load(found.path)  # lexmill, llama.cpp and the option agree on it
+    np.testing.assert_array_equal(model.embed("the sea"), model.embed("the sea", pooling="cls"))
+    report = verify(found.path, [path])
+    assert report.exit_code == 0, report.table_rows()
     modules = json.loads((source / "modules.json").read_text())
     modules[1]["path"] = "../other"
     (source / "modules.json").write_text(json.dumps(modules))

@@ -199,7 +199,7 @@ def _own_values(file: GGUFFile, keys: _Keys, family: str, head_width: int) -> di
 def activation_of(file: GGUFFile, default: str) -> str:
     """The activation that lexmill noted in its own files; llama.cpp has one compiled in."""
     noted = file.metadata.get(ACTIVATION_KEY, default)
-    return noted if noted in ("gelu", "gelu_tanh") else default
+    return noted if isinstance(noted, str) and noted in ("gelu", "gelu_tanh") else default
 
 
 def pooling_of(file: GGUFFile) -> str:

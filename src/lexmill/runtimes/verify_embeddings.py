@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lexmill.inference.language_model import LanguageModel
+from lexmill.inference.language_model import POOLING, LanguageModel
 from lexmill.inference.torch_backend import hidden_rows
 from lexmill.runtimes.llama_cpp_server import LlamaCpp
 from lexmill.runtimes.verify_cases import TEXTS, usable_texts
@@ -17,6 +17,12 @@ from lexmill.runtimes.verify_report import Check
 # layers with twice the usual weights: 3e-8 (f32), 4e-8 (f16), 4e-6 (bf16), 3e-5 (q8_0). llama.cpp computes GELU
 # in its tanh form by a table in half precision, whatever the model says; deeper models add that up.
 EMBEDDING_TOLERANCES = {"f32": 1e-5, "f16": 1e-5, "bf16": 1e-4, "q8_0": 1e-3}
+_POOLED = {
+    "mean": "means of the last hidden states",
+    "cls": "last hidden states of the first token",
+    "last": "last hidden states of the last token",
+    "max": "maxima of the last hidden states",
+}
 
 
 def compare_embeddings(
@@ -26,12 +32,12 @@ def compare_embeddings(
     tokenizer = model.tokenizer
     yield same_ids(name, {text: tokenizer.encode(text) for text in TEXTS}, runtime.tokenize)
     texts = usable_texts(tokenizer, model.config.context)
-    apart = []
+    apart, pool = [], POOLING[model.pooling]
     for ids in texts.values():
-        ours = hidden_rows(model.network, [ids])[0].mean(0).astype(np.float64)
+        ours = pool(hidden_rows(model.network, [ids])[0]).astype(np.float64)
         theirs = runtime.embed(ids)
         apart.append(1 - ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs)))
-    detail = f"{len(apart)} texts, means of the last hidden states: 1 - cosine at most {max(apart):.2g}"
+    detail = f"{len(apart)} texts, {_POOLED[model.pooling]}: 1 - cosine at most {max(apart):.2g}"
     tolerance = EMBEDDING_TOLERANCES.get(type or "")
     if tolerance is None:
         detail += "; no tolerance is stated for this type of file"
