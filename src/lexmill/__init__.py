@@ -24,9 +24,11 @@ _WHERE = {
     "finetune": "lexmill.finetune.stage",
     "evaluate": "lexmill.evaluate.stage",
     "verify": "lexmill.runtimes.verify",
+    "import_model": "lexmill.runtimes.import_model",
     "export_huggingface": "lexmill.runtimes.huggingface",
     "export_gguf": "lexmill.runtimes.llama_cpp",
     "collect_importance": "lexmill.evaluate.importance",
+    "push": "lexmill.runtimes.hub",
     "run": "lexmill.recipe.run",
     "LexmillError": "lexmill.errors",
 }
@@ -42,7 +44,9 @@ if TYPE_CHECKING:
     from lexmill.inference.language_model import load
     from lexmill.pretrain.stage import pretrain
     from lexmill.recipe.run import run
+    from lexmill.runtimes.hub import push
     from lexmill.runtimes.huggingface import export_huggingface
+    from lexmill.runtimes.import_model import import_model
     from lexmill.runtimes.llama_cpp import export_gguf
     from lexmill.runtimes.verify import verify
     from lexmill.tokenizer.training import train_tokenizer

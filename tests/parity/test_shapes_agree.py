@@ -197,7 +197,7 @@ def test_a_file_that_pools_otherwise_is_found(models, tmp_path, monkeypatch):
     make, model = llama_cpp.shape_metadata, models("bert")
     with monkeypatch.context() as patch:
         first = {"bert.pooling_type": u32(2)}
-        patch.setattr(llama_cpp, "shape_metadata", lambda config: make(config) | first)
+        patch.setattr(llama_cpp, "shape_metadata", lambda *shape: make(*shape) | first)
         file = export_gguf(model, tmp_path / "m.gguf", "f32")
     assert {"weights", "embeddings"} <= failed(verify(model.path, [file]))
 

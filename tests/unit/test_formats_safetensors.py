@@ -16,8 +16,8 @@ from lexmill.formats.safetensors import (
     from_bfloat16,
     open_weights,
     to_bfloat16,
-    write_safetensors,
 )
+from lexmill.formats.safetensors_writing import write_safetensors
 
 TYPES = [
     "float64",

@@ -14,8 +14,13 @@ def embed(
     model: Model,
     texts: Annotated[list[str], typer.Argument(help="One text or more.")],
     pooling: Annotated[
-        str, typer.Option("--pooling", help="mean, cls, last or max: how a text's tokens become one vector.")
-    ] = "mean",
+        str | None,
+        typer.Option(
+            "--pooling",
+            help="mean, cls, last or max: how a text's tokens become one vector [default: the model's own].",
+            show_default=False,
+        ),
+    ] = None,
     normalise: Annotated[bool, typer.Option("--normalise", help="Make every vector one long.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the vectors as a NumPy file (.npy).")
@@ -29,7 +34,9 @@ def embed(
     from lexmill.files import atomic_write
     from lexmill.inference.language_model import load
 
-    vectors = load(model).embed(texts, pooling=pooling, normalise=normalise)
+    opened = load(model)
+    pooling = pooling or opened.pooling
+    vectors = opened.embed(texts, pooling=pooling, normalise=normalise)
     if out is not None:
         with atomic_write(out, "wb") as file:
             np.save(file, vectors)

@@ -20,12 +20,20 @@ _TYPES = (
 
 
 @app.command()
-def hf(model: Model, out: Out) -> None:
+def hf(
+    model: Model,
+    out: Out,
+    shard_size: Annotated[
+        str | None,
+        typer.Option("--shard-size", help="Cut larger weights into files of at most this size, like 5GB."),
+    ] = None,
+) -> None:
     """A complete Hugging Face directory with a model card."""
+    from lexmill.formats.safetensors_writing import parse_size
     from lexmill.inference.language_model import find_model
     from lexmill.runtimes.huggingface import export_huggingface
 
-    export_huggingface(find_model(model), out)
+    export_huggingface(find_model(model), out, shard_bytes=parse_size(shard_size) if shard_size else None)
     typer.echo(f"written to {out}")
 
 

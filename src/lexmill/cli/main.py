@@ -20,10 +20,12 @@ from lexmill.cli import (
     finetune,
     generate,
     imatrix,
+    import_model,
     next_sentence,
     ollama,
     prepare,
     pretrain,
+    push,
     report,
     run,
     tokenizer,
@@ -71,9 +73,11 @@ app.command("fill")(_guarded(fill.fill))
 app.command("next-sentence")(_guarded(next_sentence.next_sentence))
 app.command("embed")(_guarded(embed.embed))
 app.add_typer(explain.app, name="explain")
+app.command("import")(_guarded(import_model.import_model))
 app.add_typer(export.app, name="export")
 app.add_typer(ollama.app, name="ollama")
 app.command("imatrix")(_guarded(imatrix.imatrix))
+app.command("push")(_guarded(push.push))
 app.command("verify")(_guarded(verify.verify))
 app.command("report")(_guarded(report.report))
 app.command("doctor")(_guarded(doctor.doctor))

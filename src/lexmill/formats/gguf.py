@@ -401,7 +401,8 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tens
             raise cursor.error(f"{where} has the unknown type {code}")
         shape = tuple(reversed(sizes))
         if not kind.fits(shape):
-            raise cursor.error(f"{where}: rows of {shape[-1]} weights do not divide into {kind.name} blocks")
+            row = shape[-1] if shape else 1
+            raise cursor.error(f"{where}: rows of {row} weights do not divide into {kind.name} blocks")
         if offset != expected:
             raise cursor.error(f"{where} begins at {offset:,} instead of {expected:,}")
         size = kind.byte_size(shape)

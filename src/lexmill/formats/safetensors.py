@@ -1,4 +1,4 @@
-"""The safetensors file format: a JSON header and the raw bytes of named arrays, mapped without copies.
+"""Reading safetensors files: a JSON header and the raw bytes of named arrays, mapped without copies.
 
 Nothing here trusts the file: each length, shape and offset is checked against the bytes that are
 really there before it is used.
@@ -10,7 +10,6 @@ import contextlib
 import json
 import mmap
 import re
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lexmill.errors import FormatError
-from lexmill.files import atomic_write, explain_os_errors, read_json, require_file
+from lexmill.files import explain_os_errors, read_json, require_file
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 INDEX_NAME = "model.safetensors.index.json"
@@ -42,9 +41,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
-}
-_NAME_OF = {
-    dtype: name for name, dtype in reversed(DTYPES.items()) if name not in ("BF16", "F8_E4M3", "F8_E5M2")
 }
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
@@ -301,68 +297,6 @@ def open_weights(folder: Path | str) -> Weights:
             file.close()
         raise
     return _ShardedWeights(folder, files, index)
-
-
-def write_safetensors(
-    path: Path | str,
-    tensors: Mapping[str, np.ndarray],
-    *,
-    metadata: Mapping[str, str] | None = None,
-    bfloat16: Collection[str] = (),
-) -> None:
-    """Write arrays as one safetensors file, atomically, one tensor at a time.
-
-    Args:
-        path: the final name.
-        tensors: arrays of any shape and of a type in `DTYPES`. The mapping is asked for each array
-            twice (type and shape, then bytes), so it may make them on demand.
-        metadata: strings for `__metadata__`; transformers wants the default, {"format": "pt"}.
-        bfloat16: the names whose arrays are uint16 holding bfloat16 bits (see `to_bfloat16`).
-
-    Raises:
-        FormatError: an array of a type that the format does not know.
-        FileError: no space, no permission.
-    """
-    header: dict[str, Any] = {"__metadata__": dict({"format": "pt"} if metadata is None else metadata)}
-    position = 0
-    described = {name: _describe(path, name, array, name in bfloat16) for name, array in tensors.items()}
-    # Wide types first, so that every tensor begins at a multiple of its own item size.
-    order = sorted(described, key=lambda name: (-DTYPES[described[name][0]].itemsize, name))
-    for name in order:
-        dtype, shape, size = described[name]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
-        position += size
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise FormatError(f"{path}: the names of {len(order):,} tensors do not fit in a header of 100 MB.")
-    with atomic_write(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            dtype, shape, _ = described[name]
-            array = np.ascontiguousarray(tensors[name], DTYPES[dtype])
-            if array.reshape(shape).nbytes != described[name][2]:
-                raise FormatError(f"{path}: tensor '{name}' changed its shape while it was written.")
-            file.write(array.reshape(-1).view(np.uint8).data)
-
-
-def _describe(
-    path: Path | str, name: str, array: np.ndarray, is_bfloat16: bool
-) -> tuple[str, tuple[int, ...], int]:
-    if name == "__metadata__":
-        raise FormatError(f"{path}: a tensor cannot be called '__metadata__'.")
-    little = np.asarray(array).dtype.newbyteorder("<")
-    if is_bfloat16:
-        if little != np.dtype("<u2"):
-            raise FormatError(
-                f"{path}: bfloat16 tensor '{name}' should come as its bits in uint16, not {array.dtype}."
-            )
-        return "BF16", array.shape, array.nbytes
-    if little not in _NAME_OF:
-        raise FormatError(
-            f"{path}: tensor '{name}' has the type {array.dtype}, which safetensors does not know."
-        )
-    return _NAME_OF[little], array.shape, array.nbytes
 
 
 def to_bfloat16(array: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from lexmill.inference.generation import GenerationConfig, Step, generate
 from lexmill.inference.sampling import SamplingConfig, log_softmax
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
+from lexmill.model.sentence_files import read_pooling
 from lexmill.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -171,19 +173,31 @@ class LanguageModel:
         ids, segments = self.tokenizer.encode_pair(first, second)
         return float(np.exp(log_softmax(pair_logits(self.network, self._checked(ids), segments)))[0])
 
+    @functools.cached_property
+    def pooling(self) -> str:
+        """How an encoder was made to pool, by its sentence-transformers files; "mean" where nothing is said."""
+        return (read_pooling(self.path) if self.path else None) or "mean"
+
     def embed(
-        self, texts: str | Sequence[str], *, pooling: str = "mean", normalise: bool = False, rows: int = 16
+        self,
+        texts: str | Sequence[str],
+        *,
+        pooling: str | None = None,
+        normalise: bool = False,
+        rows: int = 16,
     ) -> np.ndarray:
         """A vector for each text: (len(texts), width), float32; for a single text (width,).
 
         Args:
-            pooling: "mean" of the last hidden states, "cls" (the first), "last", or "max" of each coordinate.
+            pooling: "mean" of the last hidden states, "cls" (the first), "last", or "max" of each coordinate;
+                if not given, the model's own (see `pooling`).
             normalise: make every vector one long, so that products are cosines.
             rows: texts computed at once.
 
         Raises:
             DataError: an empty text.
         """
+        pooling = pooling or self.pooling
         if pooling not in POOLING:
             raise ConfigError(f"There is no pooling '{pooling}'.", suggest(pooling, POOLING))
         from lexmill.inference.torch_backend import hidden_rows

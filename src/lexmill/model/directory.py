@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import numpy as np
 
 from lexmill.errors import FileError, ModelError
 from lexmill.files import atomic_directory, read_json, require_file, require_space, write_json
-from lexmill.formats.safetensors import Weights, open_weights, write_safetensors
+from lexmill.formats.safetensors import Weights, open_weights, to_bfloat16
+from lexmill.formats.safetensors_writing import SHARD_BYTES, TensorToWrite, write_shards
 from lexmill.model.config import ModelConfig
 from lexmill.model.names import WeightName, find_name, weight_names, weight_shapes
+from lexmill.model.sentence_files import read_pooling, write_sentence_files
 from lexmill.tokenizer.tokenizer import Tokenizer
 
 LINEAGE_FILE = "lexmill.json"
+DATA_CARD = "DATA.md"  # what it learned from, where that is known
+DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # of safetensors, and of config.json
 # A folder with any of these means to have a tokenizer; one without them still takes ids.
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -78,6 +83,26 @@ class ModelDirectory:
         """How it is stored: "F32", "BF16" or "F16"."""
         return self._weights.dtype(self._stored[own_name])
 
+    def stored_tensors(self, dtype: str = "") -> list[TensorToWrite]:
+        """Every tensor of the files, those that the model does not use among them, for writing anew.
+
+        Args:
+            dtype: "F32", "F16" or "BF16" to convert what is a real number; "" leaves all as it is.
+        """
+
+        def row(name: str) -> TensorToWrite:
+            stored, shape = self._weights.dtype(name), self._weights.shape(name)
+            if not dtype or stored not in DTYPE_NAMES or stored == dtype:
+                return TensorToWrite(name, stored, shape, lambda: self._weights.array(name))
+            return TensorToWrite(name, dtype, shape, lambda: convert(self._weights.float32(name), dtype))
+
+        return [row(name) for name in self._weights.names()]
+
+    @functools.cached_property
+    def pooling(self) -> str:
+        """How an encoder's tokens become one vector: as its sentence-transformers files say, or "mean"."""
+        return read_pooling(self.path) or "mean"
+
     def weights(self) -> dict[str, np.ndarray]:
         """Every weight as float32, by lexmill's names."""
         return {own: self.weight(own) for own in self._names}
@@ -100,6 +125,13 @@ class ModelDirectory:
             raise ModelError(f"{config_path} should hold a JSON object.", _COMPLETE)
         weights = open_weights(path)
         config = ModelConfig.from_huggingface(values, str(config_path), _telling_names(weights))
+        tensors = len(weights.names())
+        if config.layers + config.decoder_layers > tensors:  # before a table of so many layers is made
+            raise ModelError(
+                f"{config_path} asks for {config.layers + config.decoder_layers:,} layers, but the weights are "
+                f"only {tensors:,} tensors.",
+                _COMPLETE,
+            )
         tokenizer = Tokenizer.load(path) if has_tokenizer(path) else None
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise ModelError(
@@ -155,12 +187,21 @@ def write_model_directory(
     weights: Mapping[str, np.ndarray],
     tokenizer: Tokenizer,
     lineage: Mapping[str, Any] | None = None,
+    *,
+    dtypes: Mapping[str, str] | None = None,
+    pooling: str = "mean",
+    shard_bytes: int = SHARD_BYTES,
 ) -> ModelDirectory:
     """Write a complete model directory, whole or not at all, and open it.
 
     Args:
-        weights: every weight by lexmill's name, float32.
+        weights: every weight by lexmill's name, float32. Each is asked for once, when its turn comes,
+            so the mapping may make them on demand.
         lineage: recipe, data and tokenizer hashes, steps, scores; goes to `lexmill.json`.
+        dtypes: how to store each weight, by lexmill's name: "F32" (where nothing is said), "BF16" or
+            "F16". Values that the type cannot hold are rounded.
+        pooling: of an encoder, for sentence-transformers.
+        shard_bytes: above this the weights are cut into several files with an index.
 
     Raises:
         FileError: no space or no permission.
@@ -171,9 +212,11 @@ def write_model_directory(
         raise ModelError(
             f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model only {config.vocab_size:,}."
         )
-    require_space(path.parent, int(1.1 * sum(weight.nbytes for weight in weights.values())), "The model")
+    rows = _as_stored(config, weights, dtypes or {})
+    require_space(path.parent, int(1.1 * sum(row.nbytes for row in rows)), "The model")
     with atomic_directory(path) as folder:
         ids = tokenizer.ids
+        dtype = DTYPE_NAMES[common_dtype(row.dtype for row in rows)]
         write_json(
             folder / "config.json",
             config.to_huggingface()
@@ -181,39 +224,69 @@ def write_model_directory(
                 "bos_token_id": ids.bos,
                 "eos_token_id": list(ids.stop),
                 "pad_token_id": ids.pad,
-                "dtype": "float32",
-                "torch_dtype": "float32",  # transformers 4 reads this name
+                # left out, ModernBERT's defaults would stand, which lie outside a small vocabulary
+                **{
+                    f"{name}_token_id": token
+                    for name in ("cls", "sep")
+                    if (token := getattr(ids, name)) is not None
+                },
+                "dtype": dtype,
+                "torch_dtype": dtype,  # transformers 4 reads this name
             },
         )
-        write_safetensors(
-            folder / "model.safetensors",
-            _as_stored(config, weights),
-            metadata={"format": "pt"},
-        )
+        write_shards(folder, rows, shard_bytes)
         tokenizer.save(folder, context=config.context)
         if config.shape == "encoder_decoder":  # transformers will not generate without it
             values = read_json(folder / "generation_config.json", "generation settings")
             write_json(
                 folder / "generation_config.json", values | {"decoder_start_token_id": config.decoder_start}
             )
+        if config.shape == "encoder":
+            write_sentence_files(folder, config, pooling)
         write_json(folder / LINEAGE_FILE, dict(lineage or {}))
     return ModelDirectory.open(path)
 
 
-def _as_stored(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def common_dtype(dtypes: Iterable[str]) -> str:
+    """The type in which a model of weights of these types loses nothing."""
+    distinct = set(dtypes)
+    return distinct.pop() if len(distinct) == 1 else "F32"
+
+
+def convert(array: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 as "F32", "F16" or "BF16" (its bits in uint16), rounded to the nearest."""
+    if dtype == "BF16":
+        return to_bfloat16(array)
+    with np.errstate(over="ignore"):
+        return array.astype("<f2" if dtype == "F16" else "<f4")
+
+
+def _as_stored(
+    config: ModelConfig, weights: Mapping[str, np.ndarray], dtypes: Mapping[str, str]
+) -> list[TensorToWrite]:
     """Every weight by Hugging Face's name; what it holds as one matrix is laid together."""
     parts: dict[str, list[WeightName]] = {}
     for name in weight_names(config):
         parts.setdefault(name.huggingface, []).append(name)
-    stored = {
-        huggingface: np.ascontiguousarray(np.concatenate([weights[name.own] for name in names]), np.float32)
-        if len(names) > 1
-        else np.ascontiguousarray(weights[names[0].own], np.float32)
-        for huggingface, names in parts.items()
-    }
+    shapes = weight_shapes(config)
+
+    def row(stored: str, names: list[WeightName]) -> TensorToWrite:
+        owns = [name.own for name in names]
+        dtype = common_dtype(dtypes.get(own, "F32") for own in owns)
+        shape = (sum(shapes[own][0] for own in owns), *shapes[owns[0]][1:])
+
+        def produce() -> np.ndarray:
+            whole = weights[owns[0]] if len(owns) == 1 else np.concatenate([weights[own] for own in owns])
+            return convert(np.asarray(whole, np.float32), dtype)
+
+        return TensorToWrite(stored, dtype, shape, produce)
+
+    rows = [row(stored, names) for stored, names in parts.items()]
+    by_name = {one.name: one for one in rows}
     if config.family == "t5" and config.tied and not config.scale_output:
         # transformers 4 takes "no scaling" as "not tied" and then wants the projection; 5 ties all the same
-        stored["lm_head.weight"] = stored["shared.weight"].copy()
+        rows.append(by_name["shared.weight"]._replace(name="lm_head.weight"))
     if config.family == "bert" and config.mlm and not config.tied:
-        stored["cls.predictions.bias"] = stored["cls.predictions.decoder.bias"].copy()  # unused, but expected
-    return stored
+        # unused, but expected
+        rows.append(by_name["cls.predictions.decoder.bias"]._replace(name="cls.predictions.bias"))
+    return rows

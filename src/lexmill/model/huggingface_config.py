@@ -264,6 +264,8 @@ def _layer_pattern(reader: _Values, layers: int) -> tuple[int, int]:
     every = reader.get("global_attn_every_n_layers", int, 3)
     window = reader.get("local_attention", int, 128)
     if types is not None:
+        if not isinstance(types, list) or len(types) != layers:
+            raise ModelError(f"{reader.where}: 'layer_types' should name {layers:,} layers.")
         local = [kind == "sliding_attention" for kind in types]
         if not any(local):
             return 3, 0

@@ -203,7 +203,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _export(place: Place) -> dict[str, Any]:
-    from lexmill.model.directory import LINEAGE_FILE, ModelDirectory
+    from lexmill.model.directory import DATA_CARD, LINEAGE_FILE, ModelDirectory
     from lexmill.runtimes.huggingface import export_huggingface
     from lexmill.runtimes.llama_cpp import export_gguf
     from lexmill.runtimes.ollama import write_modelfile
@@ -221,6 +221,9 @@ def _export(place: Place) -> dict[str, Any]:
         "scores": {key: scores[key] for key in SCORES if scores.get(key)},
     }
     write_json(staged / LINEAGE_FILE, lineage)
+    card = place.run / "prepare" / "card.md"
+    if card.is_file():
+        shutil.copyfile(card, staged / DATA_CARD)
     export_huggingface(staged, model)
     shutil.rmtree(staged)
     directory = ModelDirectory.open(model)

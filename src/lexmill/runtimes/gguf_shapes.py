@@ -8,13 +8,14 @@ from __future__ import annotations
 import numpy as np
 
 from lexmill.errors import ModelError
-from lexmill.formats.gguf import Value, boolean, f32, u32
+from lexmill.formats.gguf import Value, boolean, f32, string, u32
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.names import WeightName, weight_names
 
-_MEAN_POOLING = 1
+_POOLING = {"mean": 1, "cls": 2, "last": 3}
 _OUTPUT = "output.weight"
+ACTIVATION_KEY = "lexmill.activation"  # llama.cpp has one compiled in, and GGUF no key for it
 
 
 def require_place(config: ModelConfig, where: str) -> None:
@@ -47,8 +48,17 @@ def require_place(config: ModelConfig, where: str) -> None:
             raise ModelError(f"{where}: {problem} {what}.", "It runs in transformers: lexmill export hf.")
 
 
-def shape_metadata(config: ModelConfig) -> dict[str, Value]:
-    """What a file says of a model's shape and constants."""
+def shape_metadata(config: ModelConfig, pooling: str = "mean") -> dict[str, Value]:
+    """What a file says of a model's shape and constants.
+
+    Args:
+        pooling: how an encoder's tokens become one vector.
+
+    Raises:
+        ModelError: llama.cpp does not pool like that.
+    """
+    if pooling not in _POOLING:
+        raise ModelError(f"llama.cpp has no pooling '{pooling}'.", f"It has {', '.join(_POOLING)}.")
     shape = {
         "context_length": u32(config.context),
         "embedding_length": u32(config.width),
@@ -61,7 +71,7 @@ def shape_metadata(config: ModelConfig) -> dict[str, Value]:
         shape |= {
             "attention.layer_norm_epsilon": f32(config.norm_eps),
             "attention.causal": boolean(False),
-            "pooling_type": u32(_MEAN_POOLING),
+            "pooling_type": u32(_POOLING[pooling]),
         }
     else:
         shape |= {
@@ -82,6 +92,8 @@ def shape_metadata(config: ModelConfig) -> dict[str, Value]:
     metadata = {f"{config.family}.{key}": value for key, value in shape.items()}
     if config.segments:
         metadata["tokenizer.ggml.token_type_count"] = u32(config.segments)
+    if config.family == "bert":
+        metadata[ACTIVATION_KEY] = string(config.activation)
     return metadata
 
 

@@ -13,34 +13,17 @@ from typing import Any
 from lexmill.errors import ModelError
 from lexmill.formats.gguf import Value, array, boolean, string, u32
 from lexmill.runtimes.gguf_encoder_tokenizers import unigram_metadata, wordpiece_metadata
+from lexmill.runtimes.gguf_pre_tokenizers import name_of, spelled
+from lexmill.runtimes.gguf_sentencepiece import is_sentencepiece_bpe, sentencepiece_metadata
+from lexmill.runtimes.gguf_vocabulary import END_TEXTS
 from lexmill.tokenizer.special import END_OF_TURN
 from lexmill.tokenizer.tokenizer import Tokenizer
-from lexmill.tokenizer.training import QWEN2_PATTERN
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
-# What cuts text into words, in the order of its steps, and llama.cpp's name for it.
-_PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
-    (f"split {QWEN2_PATTERN}", "bytes"): "qwen2",
-    ("words and bytes",): "gpt-2",
-    ("single digits", "words and bytes"): "smollm",
-}
-
-# Tokens with these texts end generation in llama.cpp whatever the file says.
-# fmt: off
-END_TEXTS = frozenset(
-    (
-        "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>",
-        "<|flush|>", "<|calls|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>",
-        "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "</s>",
-        "<|end_of_text|>", "<end_of_utterance>", "<eos>",
-    )
-)
-# fmt: on
-
 
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str, Value]:
-    """The `tokenizer.*` keys for a byte-level BPE, WordPiece or unigram tokenizer.
+    """The `tokenizer.*` keys for a tokenizer of any kind that llama.cpp has.
 
     Args:
         tokenizer: as loaded from a model directory.
@@ -54,7 +37,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str,
     make = {"wordpiece": wordpiece_metadata, "unigram": unigram_metadata}.get(tokenizer.kind)
     if make is not None:
         return make(tokenizer, values, *_tokens(tokenizer, values, rows, where), where)
-    pre = _check_form(values, where)
+    pre = "" if is_sentencepiece_bpe(values) else _check_form(values, where)
     texts, types = _tokens(tokenizer, values, rows, where)
     ids = tokenizer.ids
     end = ids.eos if ids.eos is not None else next(iter(ids.stop), None)
@@ -63,14 +46,19 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str,
             f"{where}: no token ends a text, so llama.cpp would never stop.",
             "Set 'eos_token' in tokenizer_config.json.",
         )
-    metadata = {
-        "tokenizer.ggml.model": string("gpt2"),
-        "tokenizer.ggml.pre": string(pre),
-        "tokenizer.ggml.tokens": array("string", texts),
-        "tokenizer.ggml.token_type": array("i32", types),
-        "tokenizer.ggml.merges": array(
-            "string", [_merge_text(pair, where) for pair in values["model"]["merges"]]
-        ),
+    if pre:
+        vocabulary = {
+            "tokenizer.ggml.model": string("gpt2"),
+            "tokenizer.ggml.pre": string(pre),
+            "tokenizer.ggml.tokens": array("string", texts),
+            "tokenizer.ggml.token_type": array("i32", types),
+            "tokenizer.ggml.merges": array(
+                "string", [_merge_text(pair, where) for pair in values["model"]["merges"]]
+            ),
+        }
+    else:
+        vocabulary = sentencepiece_metadata(values, texts, types, where)
+    metadata = vocabulary | {
         # llama.cpp's default for each missing id is 11: write them even where nothing uses them
         "tokenizer.ggml.bos_token_id": u32(end if ids.bos is None else ids.bos),
         "tokenizer.ggml.eos_token_id": u32(end),
@@ -159,7 +147,6 @@ def _check_form(values: Mapping[str, Any], where: str) -> str:
     problems = {
         f"a model of type {model.get('type')}": model.get("type") != "BPE",
         "byte_fallback": bool(model.get("byte_fallback")),
-        "ignore_merges": bool(model.get("ignore_merges")),
         "dropout": bool(model.get("dropout")),
         "a prefix or suffix for parts of words": bool(
             model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
@@ -175,32 +162,12 @@ def _check_form(values: Mapping[str, Any], where: str) -> str:
                 "apply as tokenizer.json does.",
                 "Byte-level BPE without a normalizer, WordPiece and unigram can be exported to GGUF.",
             )
-    steps = _pre_tokenizer_steps(values.get("pre_tokenizer"))
-    if steps not in _PRE_TOKENIZERS:
+    steps, whole_words = spelled(values.get("pre_tokenizer")), bool(model.get("ignore_merges"))
+    name = name_of(steps, whole_words)
+    if name is None:
         raise ModelError(
-            f"{where}: llama.cpp has no name for this pre-tokenizer: {' then '.join(steps)[:200]}.",
-            f"Forms that can be exported: {', '.join(_PRE_TOKENIZERS.values())}.",
+            f"{where}: llama.cpp has no name for this pre-tokenizer"
+            f"{' with ignore_merges' if whole_words else ''}: {' then '.join(steps)[:200]}.",
+            "Forms that can be exported: qwen2, gpt-2, smollm, llama-bpe and others that llama.cpp knows.",
         )
-    return _PRE_TOKENIZERS[steps]
-
-
-def _pre_tokenizer_steps(value: Any) -> tuple[str, ...]:
-    """A canonical spelling of what the pre-tokenizer does to ids; offsets do not matter here."""
-    if not isinstance(value, Mapping):
-        return ("nothing",)
-    kind = value.get("type")
-    if kind == "Sequence":
-        return tuple(step for part in value.get("pretokenizers", []) for step in _pre_tokenizer_steps(part))
-    if kind == "ByteLevel" and not value.get("add_prefix_space"):
-        return ("words and bytes",) if value.get("use_regex", True) else ("bytes",)
-    if kind == "Digits" and value.get("individual_digits"):
-        return ("single digits",)
-    pattern = value.get("pattern") or {}
-    if (
-        kind == "Split"
-        and value.get("behavior") == "Isolated"
-        and not value.get("invert")
-        and "Regex" in pattern
-    ):
-        return (f"split {pattern['Regex']}",)
-    return (json.dumps(value, ensure_ascii=False, sort_keys=True),)
+    return name

@@ -10,7 +10,9 @@ from typing import Any
 from lexmill.errors import FileError, ModelError
 from lexmill.files import atomic_directory, atomic_write, read_json, require_space, write_json
 from lexmill.formats.safetensors import INDEX_NAME, SINGLE_NAME
-from lexmill.model.directory import LINEAGE_FILE, ModelDirectory
+from lexmill.formats.safetensors_writing import SHARD_BYTES, write_shards
+from lexmill.model.directory import DATA_CARD, DTYPE_NAMES, LINEAGE_FILE, ModelDirectory
+from lexmill.model.sentence_files import SENTENCE_FILES, module_folders, write_sentence_files
 from lexmill.runtimes.model_card import model_card
 from lexmill.tokenizer.loading import FILE_NAMES
 from lexmill.tokenizer.special import generation_config
@@ -22,11 +24,15 @@ _COPIED = (
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
-    LINEAGE_FILE,
+    *SENTENCE_FILES,
+    DATA_CARD,
 )
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
-def export_huggingface(model: ModelDirectory | Path | str, out: Path | str) -> Path:
+def export_huggingface(
+    model: ModelDirectory | Path | str, out: Path | str, *, shard_bytes: int | None = None
+) -> Path:
     """Copy a model directory to where it will be published, complete, checked, and with a model card.
 
     A model directory is a Hugging Face directory already; what this adds is the proof that its files
@@ -35,6 +41,8 @@ def export_huggingface(model: ModelDirectory | Path | str, out: Path | str) -> P
     Args:
         model: the model directory, or its path.
         out: the new folder. An earlier export there is replaced as a whole.
+        shard_bytes: cut the weights into files of at most so many bytes; if not given, they stay
+            the files that they are.
 
     Returns:
         `out`.
@@ -45,17 +53,45 @@ def export_huggingface(model: ModelDirectory | Path | str, out: Path | str) -> P
     """
     model = model if isinstance(model, ModelDirectory) else ModelDirectory.open(model)
     out = Path(out)
-    _check_target(model, out)
+    check_target(model.path, out)
+    publish(model, out, lineage=model.lineage, shard_bytes=shard_bytes, card=True)
+    return out
+
+
+def publish(
+    model: ModelDirectory,
+    out: Path,
+    *,
+    lineage: Mapping[str, Any],
+    dtype: str = "",
+    shard_bytes: int | None = None,
+    card: bool = False,
+) -> ModelDirectory:
+    """Write a complete copy of a model directory.
+
+    Args:
+        lineage: of the copy.
+        dtype: "F32", "F16" or "BF16" to convert the weights; "" leaves every byte as it is.
+        shard_bytes: as in `export_huggingface`.
+        card: write a model card even where the directory has a README.md.
+
+    Raises:
+        ModelError, FileError: as `export_huggingface`.
+    """
     settings = _checked_settings(model) if model.has_tokenizer else None
     generation = _checked_generation(model)
     weights = _weight_files(model.path)
-    require_space(out.parent, int(1.05 * sum(path.stat().st_size for path in weights)), "The exported model")
+    size = sum(path.stat().st_size for path in weights)
+    require_space(out.parent, int((2.1 if dtype == "F32" else 1.05) * size), "The exported model")
     with atomic_directory(out) as folder:
-        for path in weights:
-            shutil.copyfile(path, folder / path.name)
-        for name in _COPIED:
-            if (model.path / name).is_file():
-                shutil.copyfile(model.path / name, folder / name)
+        if dtype or any(path.stat().st_size > (shard_bytes or path.stat().st_size) for path in weights):
+            write_shards(folder, model.stored_tensors(dtype), shard_bytes or SHARD_BYTES)
+        else:
+            for path in weights:
+                shutil.copyfile(path, folder / path.name)
+        _copy_files(model, folder)
+        if dtype:
+            _note_dtype(folder / "config.json", dtype)
         if settings is not None:
             write_json(folder / "tokenizer_config.json", settings)
         if generation is not None:
@@ -63,14 +99,50 @@ def export_huggingface(model: ModelDirectory | Path | str, out: Path | str) -> P
         if model.has_tokenizer and model.tokenizer.chat_template:
             with atomic_write(folder / "chat_template.jinja", "w") as file:
                 file.write(model.tokenizer.chat_template)
-        with atomic_write(folder / "README.md", "w") as file:
-            file.write(model_card(model))
+        if lineage or (model.path / LINEAGE_FILE).is_file():
+            write_json(folder / LINEAGE_FILE, dict(lineage))
+        readme = model.path / "README.md"
+        if readme.is_file() and not card:
+            shutil.copyfile(readme, folder / "README.md")
+        else:
+            with atomic_write(folder / "README.md", "w") as file:
+                file.write(model_card(model, lineage))
         ModelDirectory.open(folder)  # whole, or it does not get its name
-    return out
+    return ModelDirectory.open(out)
 
 
-def _check_target(model: ModelDirectory, out: Path) -> None:
-    if out.exists() and out.resolve() == model.path.resolve():
+def _copy_files(model: ModelDirectory, folder: Path) -> None:
+    """Everything but the weights, and the files by which sentence-transformers runs an encoder."""
+    for name in _COPIED:
+        if (model.path / name).is_file():
+            shutil.copyfile(model.path / name, folder / name)
+    for pattern in _LICENCES:
+        for path in model.path.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    if model.config.shape != "encoder":
+        return
+    if not (model.path / "modules.json").is_file():
+        write_sentence_files(folder, model.config, model.pooling)
+        return
+    for module in module_folders(model.path):
+        (folder / module).mkdir(exist_ok=True)
+        if (model.path / module / "config.json").is_file():
+            shutil.copyfile(model.path / module / "config.json", folder / module / "config.json")
+
+
+def _note_dtype(path: Path, dtype: str) -> None:
+    name = DTYPE_NAMES[dtype]
+    write_json(path, read_json(path, "model configuration") | {"dtype": name, "torch_dtype": name})
+
+
+def check_target(source: Path, out: Path) -> None:
+    """Refuse to replace what is no model, or the source itself.
+
+    Raises:
+        FileError: says which.
+    """
+    if out.exists() and out.resolve() == source.resolve():
         raise FileError(f"{out} is the model itself.", "Choose another folder with --out.")
     if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise FileError(
@@ -139,7 +211,12 @@ def _checked_generation(model: ModelDirectory) -> dict[str, Any] | None:
 
 def _id_list(values: Mapping[str, Any]) -> list[int]:
     listed = values.get("eos_token_id")
-    return listed if isinstance(listed, list) else [] if listed is None else [listed]
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(isinstance(token, int) for token in ids):
+        raise ModelError(
+            f"'eos_token_id' is {str(listed)[:60]}, which are no ids.", "Set it to a list of ids."
+        )
+    return ids
 
 
 def _weight_files(folder: Path) -> list[Path]:

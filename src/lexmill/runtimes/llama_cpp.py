@@ -20,6 +20,7 @@ from lexmill.formats.imatrix import ImportanceMatrix, read_imatrix
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.names import WeightName, weight_shapes
 from lexmill.progress import SILENT, Progress, Task
+from lexmill.runtimes.gguf_kept import restored, same_value
 from lexmill.runtimes.gguf_mixes import ALIASES, MIXES, choose_types
 from lexmill.runtimes.gguf_shapes import (
     held_weights,
@@ -113,11 +114,12 @@ def _metadata(model: ModelDirectory, mix: str) -> dict[str, Value]:
     }
     if BLOCK_TYPES[MIXES[mix].default].quantised:
         general["general.quantization_version"] = u32(2)
-    return (
+    metadata = (
         general
-        | shape_metadata(config)
+        | shape_metadata(config, model.pooling)
         | tokenizer_metadata(model.tokenizer, config.vocab_size, str(model.path))
     )
+    return metadata | restored(model.lineage, model.tokenizer, metadata)
 
 
 def _importance_metadata(matrix: ImportanceMatrix, source: str) -> dict[str, Value]:
@@ -191,7 +193,7 @@ class _Tensors:
 def _check_written(path: Path, metadata: dict[str, Value], writer: _Tensors) -> None:
     """What is on the disk is what was meant, or it does not get its name."""
     with GGUFFile.open(path) as file:
-        wrong = [key for key, value in metadata.items() if not _same(file.metadata.get(key), value)]
+        wrong = [key for key, value in metadata.items() if not same_value(value, file.metadata.get(key))]
         wrong += [
             row.name
             for row in writer.rows()
@@ -204,12 +206,6 @@ def _check_written(path: Path, metadata: dict[str, Value], writer: _Tensors) -> 
                 f"{path}: read back, '{(wrong or ['the tensor count'])[0]}' differs from what was written.",
                 "Check the disk, then run the same command again.",
             )
-
-
-def _same(found: object, value: Value) -> bool:
-    if isinstance(found, np.ndarray):
-        return found.tolist() == list(value.value)
-    return found == (np.float32(value.value) if value.type == "f32" else value.value)
 
 
 # Half a step of each type, as a share of the largest weight in its block: 2^-11, 2^-8, and 1/254 plus
@@ -309,9 +305,9 @@ def file_types(file: GGUFFile, model: ModelDirectory) -> dict[str, str]:
 
 def setting_differences(file: GGUFFile, model: ModelDirectory) -> list[str]:
     """What a file says of the model's shape that is not so: one text a setting; what it leaves out is no error."""
-    expected = shape_metadata(model.config)
+    expected = shape_metadata(model.config, model.pooling)
     return [
         f"{key} is {file.metadata[key]} instead of {value.value}"
         for key, value in expected.items()
-        if key in file.metadata and not _same(file.metadata[key], value)
+        if key in file.metadata and not same_value(value, file.metadata[key])
     ]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lexmill.model.config import ModelConfig
-from lexmill.model.directory import ModelDirectory
+from lexmill.model.directory import DATA_CARD, ModelDirectory
 
 
 def licences(lineage: Any) -> list[str]:
@@ -26,9 +26,13 @@ def licences(lineage: Any) -> list[str]:
     return list(dict.fromkeys(find(lineage, False)))
 
 
-def model_card(model: ModelDirectory) -> str:
-    """The text of `README.md`: what the model is, how it was made, how to run it, and where it runs."""
-    config, lineage = model.config, model.lineage
+def model_card(model: ModelDirectory, lineage: Mapping[str, Any] | None = None) -> str:
+    """The text of `README.md`: what the model is, how it was made, how to run it, and where it runs.
+
+    Args:
+        lineage: if it is to be another than the directory's own.
+    """
+    config, lineage = model.config, model.lineage if lineage is None else lineage
     name = str(lineage.get("name") or model.path.resolve().name)
     found = licences(lineage)
     chat = model.has_tokenizer and bool(model.tokenizer.chat_template)
@@ -43,10 +47,12 @@ def model_card(model: ModelDirectory) -> str:
         "Output": "shares the embedding" if config.tied else "has its own matrix",
         "Licence of the data": ", ".join(found) or "not recorded",
     }
-    made = {key: value for key, value in _flat(lineage) if not key.startswith("scores")}
+    made = {key: value for key, value in _flat(lineage) if not key.startswith(("scores", "gguf."))}
+    with_data = (model.path / DATA_CARD).is_file()
     scores = dict(_flat(lineage.get("scores") or {}))
+    sentences = config.shape == "encoder" and not config.mlm
     header = {
-        "library_name": "transformers",
+        "library_name": "sentence-transformers" if sentences else "transformers",
         "pipeline_tag": _pipeline(config),
         "tags": ["lexmill", config.family],
     }
@@ -56,10 +62,12 @@ def model_card(model: ModelDirectory) -> str:
         # YAML reads JSON: no quoting rules to get wrong
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in header.items()) + "---",
         f"# {_cell(name)}",
-        f"A language model of {config.parameters:,} weights, made with lexmill.",
+        f"A language model of {config.parameters:,} weights, "
+        f"{'imported' if lineage.get('imported') else 'made'} with lexmill.",
         _table("Fact", facts),
         *(["## Scores", _table("Score", scores)] if scores else []),
         *(["## How it was made", _table("Lineage", made)] if made else []),
+        *(["## Data", f"What it learned from: [{DATA_CARD}]({DATA_CARD})."] if with_data else []),
         "## How to run it",
         _snippet(model, chat),
         "## Where it runs",
@@ -75,7 +83,7 @@ def _layers(config: ModelConfig) -> str:
 
 def _pipeline(config: ModelConfig) -> str:
     if config.shape == "encoder":
-        return "fill-mask" if config.mlm else "feature-extraction"
+        return "fill-mask" if config.mlm else "sentence-similarity"
     return "text-generation" if config.shape == "decoder" else "text2text-generation"
 
 

@@ -118,7 +118,7 @@ class _Own:
 
         network = build_model(self.directory.config)
         network.load_weights(weights)
-        return LanguageModel(network.eval(), self.directory.tokenizer)
+        return LanguageModel(network.eval(), self.directory.tokenizer, self.directory.path)
 
     def asked(self, name: str, runtime: Any) -> Iterator[Check]:
         """The checks of transformers."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lexmill.inference.language_model import LanguageModel
+from lexmill.inference.language_model import POOLING, LanguageModel
 from lexmill.inference.torch_backend import hidden_rows
 from lexmill.runtimes.llama_cpp_server import LlamaCpp
 from lexmill.runtimes.verify_cases import TEXTS, usable_texts
@@ -22,6 +22,12 @@ EMBEDDING_TOLERANCES = {
     **dict.fromkeys(("q8_0", "q5_1", "q5_0", "q4_1", "q4_0"), 1e-3),
     **dict.fromkeys(("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s"), 2e-3),
 }
+_POOLED = {
+    "mean": "means of the last hidden states",
+    "cls": "last hidden states of the first token",
+    "last": "last hidden states of the last token",
+    "max": "maxima of the last hidden states",
+}
 
 
 def compare_embeddings(
@@ -31,12 +37,12 @@ def compare_embeddings(
     tokenizer = model.tokenizer
     yield same_ids(name, {text: tokenizer.encode(text) for text in TEXTS}, runtime.tokenize)
     texts = usable_texts(tokenizer, model.config.context)
-    apart = []
+    apart, pool = [], POOLING[model.pooling]
     for ids in texts.values():
-        ours = hidden_rows(model.network, [ids])[0].mean(0).astype(np.float64)
+        ours = pool(hidden_rows(model.network, [ids])[0]).astype(np.float64)
         theirs = runtime.embed(ids)
         apart.append(1 - ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs)))
-    detail = f"{len(apart)} texts, means of the last hidden states: 1 - cosine at most {max(apart):.2g}"
+    detail = f"{len(apart)} texts, {_POOLED[model.pooling]}: 1 - cosine at most {max(apart):.2g}"
     tolerance = EMBEDDING_TOLERANCES.get(type or "")
     if tolerance is None:
         detail += "; no tolerance is stated for this type of file"

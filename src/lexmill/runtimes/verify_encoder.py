@@ -130,7 +130,7 @@ class EncoderComparison:
         """Means of the last hidden states: texts padded to one length, or rows of ids."""
         if self.read and self.model.tokenizer.ids.pad is not None:
             texts = [text for text in self.texts if text.strip()]
-            ours, theirs = self.model.embed(texts), self.runtime.mean_hidden_of_texts(texts)
+            ours, theirs = self.model.embed(texts, pooling="mean"), self.runtime.mean_hidden_of_texts(texts)
         else:
             ours = np.stack([hidden_rows(self.model.network, [ids])[0].mean(0) for ids in self.rows])
             theirs = np.stack([self.runtime.mean_hidden(ids) for ids in self.rows])

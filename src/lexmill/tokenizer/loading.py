@@ -112,7 +112,7 @@ def _from_word_list(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             f"{path}: the token for unknown words, {unknown!r}, is not among its {len(vocabulary):,} lines.",
             "A vocabulary of BERT's form has one token a line. Name the token as 'unk_token' in tokenizer_config.json.",
         )
-    values = {**_EMPTY, "model": {"type": "WordPiece", "vocab": vocabulary}}
+    values = {**EMPTY, "model": {"type": "WordPiece", "vocab": vocabulary}}
     return classes.rebuilt("BertTokenizer", values, settings)
 
 
@@ -132,7 +132,7 @@ def _from_merges(folder: Path) -> dict[str, Any]:
                 f"{path}, line {number}: the merge {line!r} makes a token that vocab.json lacks."
             )
         merges.append(pair)
-    values = {**_EMPTY, "model": {"type": "BPE", "vocab": vocabulary, "merges": merges}}
+    values = {**EMPTY, "model": {"type": "BPE", "vocab": vocabulary, "merges": merges}}
     return classes.rebuilt("GPT2Tokenizer", values, {})
 
 
@@ -148,16 +148,16 @@ def _from_sentencepiece(path: Path, settings: Mapping[str, Any], name: str) -> d
     if len({text for text, _ in rows}) < len(rows):
         raise FormatError(f"{path}: two pieces have the same text.", _COMPLETE)
     added = [
-        _added_token(text, token, special=True)
+        added_token(text, token, special=True)
         for token, (text, _) in enumerate(rows)
         if token >= len(model.pieces) or model.pieces[token].type == sentencepiece.CONTROL
     ]
     added += [
-        _added_token(piece.text, token, special=False)
+        added_token(piece.text, token, special=False)
         for token, piece in enumerate(model.pieces)
         if piece.type == sentencepiece.USER_DEFINED
     ]
-    values = {**_EMPTY, "added_tokens": sorted(added, key=lambda one: one["id"])}
+    values = {**EMPTY, "added_tokens": sorted(added, key=lambda one: one["id"])}
     prefix = {"prepend_scheme": "always" if model.dummy_prefix else "never"}
     normalizers: list[dict[str, Any]] = []
     if model.charsmap:
@@ -178,7 +178,7 @@ def _from_sentencepiece(path: Path, settings: Mapping[str, Any], name: str) -> d
     else:
         vocabulary = {text: token for token, (text, _) in enumerate(rows)}
         values["model"] = classes.bpe(
-            {"vocab": vocabulary, "merges": _merges(vocabulary)},
+            {"vocab": vocabulary, "merges": merges_of(vocabulary)},
             fuse_unk=True,
             byte_fallback=model.byte_fallback,
         ) | {"unk_token": model.pieces[model.unk_id].text}
@@ -190,8 +190,12 @@ def _from_sentencepiece(path: Path, settings: Mapping[str, Any], name: str) -> d
     return values
 
 
-def _merges(vocabulary: Mapping[str, int]) -> list[list[str]]:
-    """All pairs that make a piece, by the piece's rank: SentencePiece stores no merges, only their results."""
+def merges_of(vocabulary: Mapping[str, int]) -> list[list[str]]:
+    """All pairs that make a piece, by the piece's rank: SentencePiece stores no merges, only their results.
+
+    Args:
+        vocabulary: each piece and its rank, the best 0.
+    """
     found = []
     for piece, rank in vocabulary.items():
         for cut in range(1, min(len(piece), 257)):
@@ -270,7 +274,7 @@ def _with_added_tokens(
     missing = [text for text in dict.fromkeys(named) if text in vocabulary and text not in present]
     if not missing:
         return values
-    added = [_added_token(text, vocabulary[text], special=True) for text in missing if text]
+    added = [added_token(text, vocabulary[text], special=True) for text in missing if text]
     both = [*(values.get("added_tokens") or []), *added]
     return values | {"added_tokens": sorted(both, key=lambda token: token["id"])}
 
@@ -311,7 +315,8 @@ def _special_ids(
     )
 
 
-_EMPTY: dict[str, Any] = {
+# tokenizer.json without a tokenizer in it
+EMPTY: dict[str, Any] = {
     "version": "1.0",
     "truncation": None,
     "padding": None,
@@ -323,7 +328,8 @@ _EMPTY: dict[str, Any] = {
 }
 
 
-def _added_token(text: str, token: int, *, special: bool) -> dict[str, Any]:
+def added_token(text: str, token: int, *, special: bool) -> dict[str, Any]:
+    """An entry of tokenizer.json's `added_tokens`; it leaves the text around it alone."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": token, "content": text, **plain, "special": special}
 

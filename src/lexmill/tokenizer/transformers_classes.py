@@ -200,18 +200,28 @@ def added_bos_eos(
     if not bos and not eos and (old is None or old.get("type") == "ByteLevel"):
         return values  # which adds nothing either
 
+    return values | {
+        "post_processor": frame_template(bos, eos, {text: ids[text] for text in (bos, eos) if text})
+    }
+
+
+def frame_template(bos: str | None, eos: str | None, ids: Mapping[str, int]) -> dict[str, Any]:
+    """BOS before and EOS behind each text, as far as they are given; of a pair the second is segment 1.
+
+    Args:
+        ids: of the two.
+    """
+
     def part(letter: str, segment: int) -> list[dict[str, Any]]:
         before = [{"SpecialToken": {"id": bos, "type_id": segment}}] if bos else []
         after = [{"SpecialToken": {"id": eos, "type_id": segment}}] if eos else []
         return [*before, {"Sequence": {"id": letter, "type_id": segment}}, *after]
 
-    return values | {
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": part("A", 0),
-            "pair": [*part("A", 0), *part("B", 1)],
-            "special_tokens": _template_tokens({text: ids[text] for text in (bos, eos) if text}),
-        }
+    return {
+        "type": "TemplateProcessing",
+        "single": part("A", 0),
+        "pair": [*part("A", 0), *part("B", 1)],
+        "special_tokens": _template_tokens(dict(ids)),
     }
 
 

@@ -22,16 +22,21 @@ SPACES_FIRST = {"type": "Replace", "pattern": {"Regex": "[\\x0B\\x0C\\x{85}]"}, 
 MARKS_LAST = {"type": "Replace", "pattern": {"Regex": "\\p{M}"}, "content": ""}
 
 
-def normalizer(lowercase: bool) -> dict[str, Any]:
-    """What happens to text before it is cut into words, as in tokenizer.json."""
+def normalizer(lowercase: bool, strip_accents: bool | None = None) -> dict[str, Any]:
+    """What happens to text before it is cut into words, as in tokenizer.json.
+
+    Args:
+        strip_accents: if not given, as `lowercase`.
+    """
+    strip = lowercase if strip_accents is None else strip_accents
     own = {
         "type": "BertNormalizer",
         "clean_text": True,
         "handle_chinese_chars": True,
-        "strip_accents": lowercase,
+        "strip_accents": strip,
         "lowercase": lowercase,
     }
-    return {"type": "Sequence", "normalizers": [SPACES_FIRST, own, *([MARKS_LAST] if lowercase else [])]}
+    return {"type": "Sequence", "normalizers": [SPACES_FIRST, own, *([MARKS_LAST] if strip else [])]}
 
 
 def train_wordpiece(texts: Iterable[str], size: int, min_frequency: int, lowercase: bool) -> Tokenizer:

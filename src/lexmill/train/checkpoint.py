@@ -15,7 +15,8 @@ from torch import nn
 
 from lexmill.errors import LexmillError
 from lexmill.files import atomic_directory, read_json, remove_partials, sha256_file, write_json
-from lexmill.formats.safetensors import SafetensorsFile, write_safetensors
+from lexmill.formats.safetensors import SafetensorsFile
+from lexmill.formats.safetensors_writing import write_safetensors
 from lexmill.model.spreading import placed_like, whole
 from lexmill.progress import SILENT, Progress
 from lexmill.train.optimizers import OptimizerSet

@@ -1,0 +1,167 @@
+"""The vocabulary of a GGUF file, checked: texts, types, scores, merges, special ids.
+
+What a file says is not trusted: every id is inside the vocabulary, every list is as long as it
+must be, and no two tokens have one text. Keys: llama.cpp, src/llama-vocab.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lexmill.errors import FormatError
+from lexmill.formats.gguf import GGUFFile
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+_PREFIX = "tokenizer.ggml."
+_HINT = "The file is damaged, or was made by a tool that llama.cpp would not understand either."
+
+# Tokens with these texts end generation in llama.cpp whatever the file says.
+# fmt: off
+END_TEXTS = frozenset(
+    (
+        "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>",
+        "<|flush|>", "<|calls|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>",
+        "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "</s>",
+        "<|end_of_text|>", "<end_of_utterance>", "<eos>",
+    )
+)
+# fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What a file says of its tokens.
+
+    Attributes:
+        model: "gpt2", "llama", "bert" or "t5".
+        pre: name of the pre-tokenizer; "default" where there is none.
+        texts: one per id, rows without a token at the end left out.
+        types: as many; 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
+        scores: float32, as many; empty where the file has none.
+        merges: "left right", the first one first.
+        rows: of the embedding.
+    """
+
+    model: str
+    pre: str
+    texts: list[str]
+    types: list[int]
+    scores: np.ndarray
+    merges: list[str]
+    rows: int
+    values: Mapping[str, Any]
+    where: str
+
+    def id(self, name: str) -> int | None:
+        """A special token's id, e.g. `id("bos")`; None where the file names none.
+
+        Raises:
+            FormatError: it is outside the vocabulary.
+        """
+        key = f"{_PREFIX}{name}_token_id"
+        token = self.values.get(key)
+        if token is None:
+            return None
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < len(self.texts):
+            raise FormatError(
+                f"{self.where}: '{key}' is {str(token)[:60]}, but there are {len(self.texts):,} tokens.",
+                _HINT,
+            )
+        return token
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A yes or no of the tokenizer, e.g. `flag("add_bos_token", False)`.
+
+        Raises:
+            FormatError: it is something else.
+        """
+        value = self.values.get(_PREFIX + name, default)
+        if not isinstance(value, bool):
+            raise FormatError(f"{self.where}: '{_PREFIX}{name}' is {str(value)[:60]}, not true or false.")
+        return value
+
+    def text(self, key: str) -> str:
+        """A text by its whole key; "" where there is none.
+
+        Raises:
+            FormatError: it is something else.
+        """
+        value = self.values.get(key, "")
+        if not isinstance(value, str):
+            raise FormatError(f"{self.where}: '{key}' is {str(value)[:60]}, not a text.")
+        return value
+
+    def ends(self) -> tuple[int, ...]:
+        """Every id at which llama.cpp ends a text, the file's own first."""
+        named = [self.id(name) for name in ("eos", "eot", "eom")]
+        known = [token for token, text in enumerate(self.texts) if text in END_TEXTS]
+        return tuple(dict.fromkeys(token for token in [*named, *known] if token is not None))
+
+
+def read_vocabulary(file: GGUFFile) -> Vocabulary:
+    """Read and check the `tokenizer.*` keys of a file.
+
+    Raises:
+        FormatError: lists of other lengths than the tokens, ids that do not exist, two equal tokens.
+    """
+    where, values = str(file.path), file.metadata
+    model = values.get(_PREFIX + "model")
+    texts = values.get(_PREFIX + "tokens")
+    if not isinstance(model, str) or not isinstance(texts, list) or not texts:
+        raise FormatError(f"{where} has no tokenizer ('{_PREFIX}tokens').", "Take a file that has one.")
+    if not all(isinstance(text, str) for text in texts):
+        raise FormatError(f"{where}: '{_PREFIX}tokens' holds something else than texts.", _HINT)
+    types = _numbers(values, "token_type", len(texts), where)
+    kinds = [NORMAL] * len(texts) if types is None else [int(kind) for kind in types]
+    if min(kinds) < 0 or max(kinds) > BYTE:
+        raise FormatError(
+            f"{where}: '{_PREFIX}token_type' has the unknown type {max(kinds, key=abs)}.", _HINT
+        )
+    scores = _numbers(values, "scores", len(texts), where)
+    scores = np.zeros(0, np.float32) if scores is None else scores.astype(np.float32)
+    if not np.isfinite(scores).all():
+        raise FormatError(f"{where}: '{_PREFIX}scores' holds something that is no number.", _HINT)
+    merges = values.get(_PREFIX + "merges", [])
+    if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
+        raise FormatError(f"{where}: '{_PREFIX}merges' holds something else than texts.", _HINT)
+    used = len(texts)
+    while used > 1 and kinds[used - 1] == UNUSED and texts[used - 1] == f"[PAD{used - 1}]":
+        used -= 1
+    if len(set(texts)) != len(texts) or "" in texts:
+        first: dict[str, int] = {}
+        twice = next(
+            token for token, text in enumerate(texts) if not text or first.setdefault(text, token) != token
+        )
+        raise FormatError(
+            f"{where}: token {twice:,}, {texts[twice][:60]!r}, is empty or the text of another token too.",
+            _HINT,
+        )
+    pre = values.get(_PREFIX + "pre", "default")
+    return Vocabulary(
+        model=model,
+        pre=pre if isinstance(pre, str) else "",
+        texts=texts[:used],
+        types=kinds[:used],
+        scores=scores[:used],
+        merges=merges,
+        rows=len(texts),
+        values=values,
+        where=where,
+    )
+
+
+def _numbers(values: Mapping[str, Any], name: str, least: int, where: str) -> np.ndarray | None:
+    array = values.get(_PREFIX + name)
+    if array is None:
+        return None
+    if not isinstance(array, np.ndarray) or len(array) < least:
+        raise FormatError(
+            f"{where}: '{_PREFIX}{name}' is no list of numbers as long as that of the {least:,} tokens.",
+            _HINT,
+        )
+    return array[:least]
