@@ -234,7 +234,7 @@ def compare_ollama(
         with tempfile.TemporaryDirectory() as folder:
             path = export_gguf(directory, Path(folder) / "model.gguf", type)
             with GGUFFile.open(path) as file:
-                reference = reference.with_weights(file_weights(file, directory), "")
+                reference = reference.with_weights(file_weights(file, directory), {})
     yield from OllamaComparison(name, server, told, directory, reference, type).all()
 
 
