@@ -410,6 +410,7 @@ FOUND = {
     "2^31 layers": edited("llama", with_key("llama.block_count", "u32", 2**31 - 1)),
     "2^31 layers in the decoder": edited("t5", with_key("t5.decoder_block_count", "u32", 2**31 - 1)),
     "an empty list as the activation": edited("bert", with_key("lexmill.activation", "array of u32", [])),
+    "a charsmap that is a number": edited("t5", with_key("tokenizer.ggml.precompiled_charsmap", "u32", 0)),
     "blocks in a tensor without axes": edited("llama", no_axes),
     "2^40 layers in config.json": with_json("config.json", num_hidden_layers=2**40),
     "an object among the ids that end a text": with_json("config.json", eos_token_id=[{}]),

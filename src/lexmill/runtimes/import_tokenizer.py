@@ -11,6 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from lexmill.errors import FormatError, ModelError
 from lexmill.formats.charsmap import compile_charsmap
 from lexmill.runtimes.gguf_encoder_tokenizers import WHITESPACE
@@ -317,12 +319,11 @@ def _unigram(vocabulary: Vocabulary) -> tuple[dict[str, Any], SpecialIds]:
 def _charsmap(vocabulary: Vocabulary) -> dict[str, Any] | None:
     """The compiled normalisation as a step of tokenizer.json."""
     stored = vocabulary.values.get("tokenizer.ggml.precompiled_charsmap")
-    if stored is None or len(stored) == 0:
+    if stored is None or (isinstance(stored, np.ndarray) and not stored.size):
         return None
-    try:
-        data = bytes(int(byte) & 255 for byte in stored)
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{vocabulary.where}: the map of characters is no list of bytes.") from error
+    if not isinstance(stored, np.ndarray) or stored.dtype.itemsize != 1:
+        raise FormatError(f"{vocabulary.where}: the map of characters is no list of bytes.")
+    data = stored.tobytes()
     size = int.from_bytes(data[:4], "little")
     if len(data) < 8 or size % 4 or size > len(data) - 4:
         raise FormatError(
