@@ -8,6 +8,7 @@ own weights alone, without anything else; what a step reaches of the latter is p
     python bench/training.py
     python bench/training.py decoder wide --pairs 6
     python bench/training.py decoder --loss 60      # also the loss after a minute of each side
+    python bench/training.py --profile              # where the time of lexmill's steps goes
 """
 
 from __future__ import annotations
@@ -328,12 +329,57 @@ def compare_loss(shape: str, seconds: float) -> None:
         )
 
 
+# What a step's time goes to: the first row that fits an operation's name has it.
+PARTS = (
+    ("products of weights", ("aten::mm", "aten::addmm")),
+    ("products of attention", ("aten::bmm", "aten::baddbmm")),
+    ("norms", ("_RMSNorm", "aten::native_layer_norm", "aten::rms_norm")),
+    ("activations", ("_Activated", "aten::silu", "aten::gelu")),
+    ("rotation", ("_Rotate",)),
+    ("softmax of attention", ("_Blocks", "aten::_softmax", "aten::masked_fill")),
+    ("cross-entropy", ("_LinearCrossEntropy", "aten::_log_softmax", "aten::exp")),
+    (
+        "copies and number formats",
+        ("aten::copy_", "aten::cat", "aten::_to_copy", "aten::fill_", "aten::zero"),
+    ),
+    (
+        "optimiser and clipping",
+        ("aten::_fused_adamw", "Optimizer", "aten::linalg_vector_norm", "aten::_foreach"),
+    ),
+    ("sums", ("aten::add", "aten::mul", "aten::sum")),
+    ("the rest", ("",)),
+)
+
+
+def profile(shape: str, steps: int = 10) -> None:
+    """Print where the time of lexmill's step goes, as torch's profiler sees it (its own cost included)."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watch
+
+    step, precision = our_side(shape, "adamw")
+    source = batches(shape)
+    some = [next(source) for _ in range(steps + 2)]
+    for batch in some[:2]:
+        step(batch)
+    with watch(activities=[ProfilerActivity.CPU]) as seen:
+        for batch in some[2:]:
+            step(batch)
+    spent = dict.fromkeys((name for name, _ in PARTS), 0.0)
+    for event in seen.key_averages():
+        part = next(name for name, starts in PARTS if event.key.startswith(starts))
+        spent[part] += event.self_cpu_time_total / 1000 / steps
+    print(f"\n{shape}, {precision}, AdamW: {sum(spent.values()):.0f} ms a step")
+    for name, milliseconds in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"  {name:<28} {milliseconds:>6.1f} ms  {100 * milliseconds / sum(spent.values()):>3.0f} %")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shapes", nargs="*", help=f"any of {', '.join(SHAPES)}; all when not given")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--steps", type=int, default=2, help="steps of each side in a pair")
     parser.add_argument("--loss", type=float, metavar="SECONDS", help="also a decoder's loss at equal time")
+    parser.add_argument("--profile", action="store_true", help="only tell where a step's time goes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -357,6 +403,10 @@ def main() -> None:
     print(
         "square products reach " + ", ".join(f"{rate:,.0f} GFLOP/s in {name}" for name, rate in peaks.items())
     )
+    if arguments.profile:
+        for shape in shapes:
+            profile(shape)
+        return
     found = {shape: compare_speed(shape, arguments.pairs, arguments.steps) for shape in shapes}
     if arguments.json:
         arguments.json.write_text(

@@ -408,3 +408,14 @@ def test_no_memory_says_what_to_change(tmp_path):
     with pytest.raises(TrainingError, match="Out of memory in a step: 2 rows of 32") as caught:
         train_with(greedy, tmp_path)
     assert "micro_rows = 1" in caught.value.hint
+
+
+def test_a_loss_that_jumps_and_stays_is_told_five_times():
+    from lexmill.train.watch import LossWatch
+
+    watch = LossWatch()
+    assert not any(watch.is_spike(3.0 + 0.01 * (step % 3)) for step in range(60))
+    assert watch.is_spike(4.0) and not watch.is_spike(3.0)
+    told = [watch.is_spike(5.0) for _ in range(80)]
+    assert told == [True] * 5 + [False] * 75
+    assert watch.is_spike(6.0)

@@ -53,7 +53,8 @@ class Processes:
         if process_count() == 1:
             return cls(device=chosen)
         if not dist.is_initialized():
-            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            # with GPUs both: a step of the recipe may be told to compute on the CPU
+            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=_PATIENCE)
             atexit.register(_leave)
         return cls(dist.get_rank(), dist.get_world_size(), chosen)
