@@ -140,9 +140,9 @@ def _rows_of_heads(wrong: _Wrong) -> str:
     if wrong.holds(permute_rope(wrong.weight, heads)):
         again = "twice " if config.family == "llama" else ""
         return f"Rows of queries and keys are permuted {again}for rotary positions that do not want it"
-    if config.heads != config.kv_heads and wrong.name.rope == "k" and len(own) % config.heads == 0:
-        if config.family == "llama" and wrong.holds(permute_rope(own, config.heads)):
-            return "Rows of keys are permuted as if there were as many key heads as query heads"
+    grouped = config.family == "llama" and wrong.name.rope == "k" and config.heads != config.kv_heads
+    if grouped and len(own) % (2 * config.heads) == 0 and wrong.holds(permute_rope(own, config.heads)):
+        return "Rows of keys are permuted as if there were as many key heads as query heads"
     return ""
 
 
@@ -199,8 +199,8 @@ def _scales(wrong: _Wrong) -> str:
         return f"Weights are multiplied with {np.median(factors):.4g}"
     if not off.any():
         return ""
-    peaks = [np.sort(np.abs(values).max(1)) for values in (found, meant)]
-    shuffled = np.allclose(*peaks, rtol=0.05)
+    largest = [np.sort(np.abs(values).max(1)) for values in (found, meant)]
+    shuffled = np.allclose(largest[0], largest[1], rtol=0.05)
     return f"The scales of quantised blocks are {'shuffled' if shuffled else 'wrong'}"
 
 

@@ -79,7 +79,7 @@ def verify(
 
     directory = ModelDirectory.open(model)
     asked_ollama = ollama_place(ollama) if ollama else None
-    with progress.task("verify", 7 + 8 * len(ggufs) + (5 if ollama else 0), "checks") as task:
+    with progress.task("verify", 8 + 9 * len(ggufs) + (5 if ollama else 0), "checks") as task:
         task.advance(0, "lexmill")
         own = _Own(load(directory.path), directory, prompts, tokens)
         task.advance(1)
