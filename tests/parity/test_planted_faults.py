@@ -3,21 +3,31 @@
 A fault is a function that spoils a GGUF file in memory. Each must be caught, and its cause named in words.
 """
 
+import io
 import json
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import randomise
 
+from lexmill.cli.verify import show_checks
 from lexmill.formats.blocks import BLOCK_TYPES, encode
 from lexmill.formats.gguf import GGUFFile, TensorToWrite, Value, write_gguf
+from lexmill.inference.language_model import load
 from lexmill.model.build import build_model
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
 from lexmill.model.directory import write_model_directory
+from lexmill.recipe.report_checks import verification
+from lexmill.runtimes.diagnosis import diagnose_file
 from lexmill.runtimes.gguf_shapes import permute_rope, unpermute_rope
 from lexmill.runtimes.llama_cpp import export_gguf
 from lexmill.runtimes.verify import verify
+from lexmill.runtimes.verify_checks import Comparison
+from lexmill.runtimes.verify_reference import Reference
+from lexmill.runtimes.verify_report import Check
+from lexmill.runtimes.verify_stress import Stress, stress_texts
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.tokenizer.training import TokenizerConfig, train_tokenizer
 
@@ -280,6 +290,88 @@ def test_a_planted_fault_is_caught_and_named(
     assert check in failed, report.table_rows()
     assert word in report.diagnoses[0].cause, report.diagnoses
     assert report.to_json()["diagnoses"][0]["runtime"] == f"llama.cpp {type}"
+
+
+def test_what_the_file_cannot_explain_is_said_to_be_the_runtime_s(models, tmp_path, without_transformers):
+    """llama.cpp ends a text at some tokens because of their names; for the rest nothing is made up."""
+    good = models["llama"]
+    value = json.loads(good.tokenizer.json)
+    value["added_tokens"].append({**value["added_tokens"][0], "id": 512, "content": "<reponame>"})
+    named = Tokenizer(json.dumps(value), good.tokenizer.ids, good.tokenizer.chat_template)
+    model = write_model_directory(tmp_path / "m", good.config, good.weights(), named)
+    path = export_gguf(model, tmp_path / "m.gguf", "f32")
+    report, failed = checked(model, path)
+    assert failed == {"stop tokens"} and "'<reponame>' because of" in report.diagnoses[0].cause
+    (only,) = diagnose_file("llama.cpp", path, good, {"rounding"})
+    assert "Nothing in the file explains what was found in rounding" in only.cause
+
+
+def test_a_cause_says_only_what_explains_a_failure(models, tmp_path):
+    def fault(file):
+        setting("tokenizer.ggml.eos_token_id", lambda _: 300)(file)
+        setting("llama.rope.freq_base", lambda _: 1.0)(file)
+
+    path = spoiled(models["llama"], tmp_path / "m.gguf", "f32", fault)
+    for check, word in [("stop tokens", "EOS id"), ("logits", "RoPE theta")]:
+        (only,) = diagnose_file("llama.cpp", path, models["llama"], {check})
+        assert word in only.cause
+
+
+def test_the_causes_are_in_the_table_the_json_and_the_report(models, tmp_path, without_transformers):
+    from rich.console import Console
+
+    path = spoiled(models["llama"], tmp_path / "m.gguf", "f32", setting("llama.context_length", lambda _: 64))
+    report, _ = checked(models["llama"], path)
+    report.write(tmp_path / "verify.json")
+    found = json.loads((tmp_path / "verify.json").read_text())
+    cause = "The context length is wrong: llama.context_length is 64, the model has 256."
+    assert found["diagnoses"] == [{"runtime": "llama.cpp f32", "cause": cause}]
+    assert report.table_rows()[-1] == ("llama.cpp f32", "likely cause", "", "", cause)
+    screen = Console(width=200, record=True, file=io.StringIO())
+    show_checks(found, screen)
+    assert f"Likely cause, llama.cpp f32: {cause}" in screen.export_text()
+    assert cause in verification(found["checks"], found["diagnoses"])
+
+
+def test_generated_texts_are_the_same_each_time_and_composed():
+    texts = stress_texts()
+    assert len(texts) == 4000 and len(set(texts)) > 3800
+    assert texts == stress_texts.__wrapped__()
+    assert all(unicodedata.is_normalized("NFC", text) for text in texts)
+    letters = set("".join(texts))
+    assert not [letter for letter in letters if unicodedata.category(letter) in ("Cn", "Co", "Cs")]
+    scripts = {unicodedata.name(letter).split()[0] for letter in letters if letter.isalpha()}
+    assert len(scripts) > 30, scripts
+
+
+def test_a_difference_that_only_generated_texts_show_is_found(models):
+    """A letter that is in none of the hard texts, and its place in the batch."""
+    tokenizer = models["llama"].tokenizer
+    check = Check("x", "tokens", True, 0, 0, "45 of 45 texts equal")
+
+    def other(text):
+        return [*tokenizer.encode(text.replace("Ա", "Բ"))]
+
+    found = Stress(tokenizer).added_to(check, other)
+    assert found.passed is False and found.figure > 0 and "Ա" in found.detail
+    assert Stress(tokenizer).added_to(check, tokenizer.encode).passed
+
+
+def test_a_user_who_reaches_a_control_token_is_found(models):
+    """A runtime that reads every text as its own."""
+    model = models["llama"]
+    reference = Reference(load(model.path), model, ["The"], 2)
+
+    class Trusting:
+        tokenize_plain = staticmethod(model.tokenizer.encode)
+
+    check = Comparison("x", Trusting(), reference, None).injection()
+    assert check.passed is False and "a user's text becomes a control token" in check.detail
+
+    class Careful:
+        tokenize_plain = staticmethod(lambda text: model.tokenizer.encode(text, special=False))
+
+    assert Comparison("x", Careful(), reference, None).injection().passed
 
 
 @pytest.mark.parametrize("size", [0, 10, 3000, 60_000])

@@ -74,14 +74,16 @@ def diagnose_file(
         return [Diagnosis(runtime, f"The file cannot be read: {error.message}")]
     # A cause explains some checks; one that explains none of what failed did no harm that anybody saw.
     explaining = [sentence for kind, sentence in found if _EXPLAINS[kind] & set(failed)]
-    if not explaining:
-        explaining = [_NOTHING_FOUND.format(checks=", ".join(sorted(failed)))]
-    return [Diagnosis(runtime, sentence) for sentence in explaining[:_MOST]]
+    unexplained = set(failed).difference(*(_EXPLAINS[kind] for kind, _ in found))
+    explaining = explaining[:_MOST]
+    if unexplained:
+        explaining.append(_NOTHING_FOUND.format(checks=", ".join(sorted(unexplained))))
+    return [Diagnosis(runtime, sentence) for sentence in explaining]
 
 
 _NOTHING_FOUND = (
-    "Settings, vocabulary, template and weights of the file are the model's, so the runtime itself computes "
-    "otherwise ({checks}); its version stands beside the checks."
+    "Nothing in the file explains what was found in {checks}: there the runtime itself does otherwise than the file "
+    "says, or its rounding adds up to more than is allowed for."
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lexmill.errors import LexmillError
@@ -11,6 +11,7 @@ from lexmill.model.directory import ModelDirectory
 from lexmill.runtimes.gguf_kept import same_value
 from lexmill.runtimes.gguf_pre_tokenizers import PRE_TOKENIZERS
 from lexmill.runtimes.gguf_tokenizer import tokenizer_metadata
+from lexmill.runtimes.gguf_vocabulary import END_TEXTS
 from lexmill.runtimes.verify_report import short
 
 _PREFIX = "tokenizer.ggml."
@@ -26,10 +27,11 @@ _KINDS = {
 
 
 class _Both(NamedTuple):
-    """What a file says, and what an export of the model would."""
+    """What a file says, what an export of the model would, and the ids that end a text for the model."""
 
     found: Mapping[str, Any]
     meant: Mapping[str, Value]
+    stop: Collection[int]
 
     def differ(self, key: str) -> bool:
         """Whether both speak of a key and not with one voice."""
@@ -43,7 +45,7 @@ def tokenizer_causes(file: GGUFFile, model: ModelDirectory) -> Iterator[tuple[st
     except LexmillError as error:
         yield "ids", f"llama.cpp has no form for the model's tokenizer: {error.message}"
         return
-    both = _Both(file.metadata, meant)
+    both = _Both(file.metadata, meant, model.tokenizer.ids.stop)
     for kind, symptom in _SYMPTOMS:
         for sentence in symptom(both):
             yield kind, sentence
@@ -163,13 +165,34 @@ def _special_ids(*names: str) -> Callable[[_Both], Iterator[str]]:
                     f"The {_NAMES.get(name, name)} id is wrong: {key} is {found} ({inside}), the model has {meant} "
                     f"({short(texts[meant])})."
                 )
-            elif key in both.meant and key not in both.found:
+            elif (
+                key in both.meant and key not in both.found and texts[both.meant[key].value] not in END_TEXTS
+            ):
                 yield f"The {_NAMES.get(name, name)} id is missing: the file has no {key}."
 
     return symptom
 
 
 _NAMES = {"bos": "BOS", "eos": "EOS", "eot": "end-of-turn", "eom": "end-of-message", "seperator": "separator"}
+
+
+def _ends_by_text(both: _Both) -> Iterator[str]:
+    texts = both.meant[_PREFIX + "tokens"].value
+    known = [
+        text for at, text in enumerate(texts) if text in (*END_TEXTS, *_MIDDLE_TEXTS) and at not in both.stop
+    ]
+    if known:
+        yield (
+            f"llama.cpp ends a text at {' and '.join(map(short, known))} because of what the token is called, whatever "
+            "the file says; for the model it ends none."
+        )
+
+
+# llama.cpp takes these for marks of filling in the middle, and ends a text at each (src/llama-vocab.cpp).
+_MIDDLE_TEXTS = (
+    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
+)
 
 
 def _template(both: _Both) -> Iterator[str]:
@@ -225,5 +248,6 @@ _SYMPTOMS: tuple[tuple[str, Callable[[_Both], Iterator[str]]], ...] = (
     ("ids", _switches),
     ("ids", _special_ids("bos", "cls", "seperator", "unknown")),
     ("ends", _special_ids("eos", "eot", "eom")),
+    ("ends", _ends_by_text),
     ("template", _template),
 )

@@ -156,7 +156,21 @@ class Comparison:
             return Check(self.name, "logits", None, detail=f"{detail}; {_NO_TOLERANCE}")
         figure = divergence if self.tolerance.kind == "KL" else greatest
         passed = bool(figure <= self.tolerance.logits)  # not so for NaN
+        if not passed:
+            detail += self._first_apart()
         return Check(self.name, "logits", passed, figure, self.tolerance.logits, detail)
+
+    def _first_apart(self) -> str:
+        """The first position that is farther off than all may be together."""
+        assert self._found is not None and self.tolerance is not None
+        ours, ids = self.reference.logprobs, self.reference.positions
+        for at, (own, their) in enumerate(zip(ours, self._found, strict=True)):
+            greatest = self.tolerance.kind == "max"
+            apart = np.abs(own - their).max() if greatest else mean_divergence(own[None], their[None])
+            if not apart <= self.tolerance.logits:
+                after = short(self.reference.tokenizer.decode(ids[at])[-60:])
+                return f"; first at position {at}, {len(ids[at])} tokens long, after {after}"
+        return ""
 
     def rounding(self) -> Check:
         """The same against lexmill with activations rounded: whether that explains what was left."""
