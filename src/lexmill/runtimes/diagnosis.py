@@ -77,14 +77,16 @@ def diagnose_file(
     unexplained = set(failed).difference(*(_EXPLAINS[kind] for kind, _ in found))
     explaining = explaining[:_MOST]
     if unexplained:
-        explaining.append(_NOTHING_FOUND.format(checks=", ".join(sorted(unexplained))))
+        rounding = _ROUNDING if unexplained & _COMPUTED else ""
+        explaining.append(_NOTHING_FOUND.format(checks=", ".join(sorted(unexplained)), rounding=rounding))
     return [Diagnosis(runtime, sentence) for sentence in explaining]
 
 
 _NOTHING_FOUND = (
     "Nothing in the file explains what was found in {checks}: there the runtime itself does otherwise than the file "
-    "says, or its rounding adds up to more than is allowed for."
+    "says{rounding}."
 )
+_ROUNDING = ", or its rounding adds up to more than is allowed for"
 
 
 def _causes(file: GGUFFile, model: ModelDirectory) -> Iterator[tuple[str, str]]:
