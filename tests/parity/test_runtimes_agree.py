@@ -96,7 +96,7 @@ def test_all_runtimes_agree(tmp_path, models, shape):
         }
     else:
         assert not wrong and report.passed and report.exit_code == 0, wrong
-    assert len(report.checks) == 6 + 4 * 7 + 2  # of which `rounding`, for bf16 and q8_0
+    assert len(report.checks) == 7 + 4 * 8 + 2  # of which `rounding`, for bf16 and q8_0
     assert {"transformers", "llama.cpp f32", "llama.cpp q8_0"} <= {check.runtime for check in report.checks}
     json.dumps(report.to_json())
     exact = [check for check in report.checks if check.runtime == "llama.cpp f32" and check.check == "logits"]

@@ -164,4 +164,4 @@ def _verify_table(folder: Path, screen: Any) -> None:
 
     path = folder / "verify.json"
     if path.is_file():
-        show_checks(read_json(path)["checks"], screen)
+        show_checks(read_json(path), screen)

@@ -44,15 +44,16 @@ def verify(
     if json:
         print_json(report.to_json())
     else:
-        show_checks(report.to_json()["checks"], console())
+        show_checks(report.to_json(), console())
     raise typer.Exit(report.exit_code)
 
 
-def show_checks(checks: list[dict[str, Any]], screen: Any) -> None:
-    """Print one row a check and one column a runtime; details of what is not plainly equal follow."""
+def show_checks(report: dict[str, Any], screen: Any) -> None:
+    """Print one row a check and one column a runtime; details of what is not plainly equal, and causes, follow."""
     from rich.table import Table
     from rich.text import Text
 
+    checks: list[dict[str, Any]] = report["checks"]
     names = list(dict.fromkeys(check["check"] for check in checks))
     table = Table(title="the same answers as lexmill?", title_justify="left")
     table.add_column("check", no_wrap=True)
@@ -82,6 +83,8 @@ def show_checks(checks: list[dict[str, Any]], screen: Any) -> None:
         elif check["passed"] is not True:
             state = words[check["passed"]][0]
             screen.print(Text(f"{check['runtime']}, {check['check']}: {state}. {check['detail']}"))
+    for diagnosis in report.get("diagnoses", []):
+        screen.print(Text(f"Likely cause, {diagnosis['runtime']}: {diagnosis['cause']}", "bold"))
 
 
 def _with_ties(check: dict[str, Any]) -> bool:

@@ -64,7 +64,7 @@ def _page(run: Run) -> str:
         _life(run),
         *(_training(stage, drawn) for stage in run.stages if stage.name in run.steps),
         _scores(run),
-        report_checks.verification(run.checks),
+        report_checks.verification(run.checks, run.diagnoses),
         _data(run.manifest),
         _lineage(run),
         _environment(run),

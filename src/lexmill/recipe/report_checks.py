@@ -28,7 +28,7 @@ def overall_verdict(checks: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]
     return f"{equal:,} of {len(checks):,} checks equal", ", ".join(more), tone
 
 
-def verification(checks: Sequence[Mapping[str, Any]]) -> str:
+def verification(checks: Sequence[Mapping[str, Any]], diagnoses: Sequence[Mapping[str, Any]] = ()) -> str:
     head = '<section id="verify"><h2>Do all runtimes agree?</h2>'
     if not checks:
         return f"{head}<p>{markup.ABSENT}</p></section>"
@@ -63,8 +63,18 @@ def verification(checks: Sequence[Mapping[str, Any]]) -> str:
         + markup.scrolled(
             "checks of the runtimes", f"<thead><tr>{columns}</tr></thead>{''.join(bodies)}", "checks"
         )
+        + _causes(diagnoses)
         + "</section>"
     )
+
+
+def _causes(diagnoses: Sequence[Mapping[str, Any]]) -> str:
+    """What most likely makes a runtime differ, in words."""
+    items = "".join(
+        f"<li><b>{markup.escaped(str(one.get('runtime', '')))}</b>: {markup.escaped(str(one.get('cause', '')))}</li>"
+        for one in diagnoses
+    )
+    return f"<h3>Likely causes</h3><ul>{items}</ul>" if items else ""
 
 
 _TIES = (

@@ -122,6 +122,11 @@ class Run:
         """The checks of the runtimes."""
         return markup.as_dicts(self.verification.get("checks"))
 
+    @property
+    def diagnoses(self) -> list[dict[str, Any]]:
+        """The likely causes of what differs."""
+        return markup.as_dicts(self.verification.get("diagnoses"))
+
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:

@@ -44,6 +44,7 @@ __all__ = [
     "file_weights",
     "permute_rope",
     "setting_differences",
+    "tensor_error",
     "unpermute_rope",
     "weight_error",
 ]
@@ -242,16 +243,24 @@ def weight_error(file: GGUFFile, model: ModelDirectory) -> tuple[float, str]:
         info = file.tensors.get(name.gguf)
         if info is None or info.shape != weight.shape:
             return float("inf"), f"{name.gguf} is missing or has another shape"
-        error = np.abs(file.read(name.gguf) - weight)
-        if info.type.name in _HALF_STEPS:
-            share = _largest_share(error, weight, info.type.name)
-        elif info.type.name in _BITS:
-            share = _row_share(error, weight, _BITS[info.type.name])
-        else:
-            raise FormatError(f"{file.path}: the error of {info.type.name} tensors is not known.")
+        share = tensor_error(file.read(name.gguf), weight, info.type.name)
         if not share <= worst:  # true for NaN
             worst, where = share, name.gguf
     return worst, where
+
+
+def tensor_error(found: np.ndarray, weight: np.ndarray, type: str) -> float:
+    """How far a tensor is from a weight, as a multiple of what its type explains; up to 1 is rounding.
+
+    Raises:
+        FormatError: the rounding of this type is not known.
+    """
+    error = np.abs(found - weight)
+    if type in _HALF_STEPS:
+        return _largest_share(error, weight, type)
+    if type in _BITS:
+        return _row_share(error, weight, _BITS[type])
+    raise FormatError(f"The error of {type} tensors is not known.")
 
 
 def _largest_share(error: np.ndarray, weight: np.ndarray, type: str) -> float:

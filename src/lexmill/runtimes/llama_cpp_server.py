@@ -147,6 +147,12 @@ class LlamaCpp:
         """The ids of `text`, special tokens recognised; a BOS only where the file says so."""
         return self._ask("tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
 
+    def tokenize_plain(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens are not recognised, and nothing around them."""
+        return self._ask("tokenize", {"content": text, "add_special": False, "parse_special": False})[
+            "tokens"
+        ]
+
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens print as themselves."""
         return self._ask("detokenize", {"tokens": list(ids)})["content"]

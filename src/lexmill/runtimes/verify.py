@@ -21,6 +21,7 @@ from lexmill.errors import LexmillError, MissingPackageError
 from lexmill.formats.gguf import GGUFFile
 from lexmill.model.directory import ModelDirectory
 from lexmill.progress import SILENT, Progress, Task
+from lexmill.runtimes.diagnosis import diagnose_file
 from lexmill.runtimes.llama_cpp import FILE_TYPES, file_types, file_weights, setting_differences, weight_error
 from lexmill.runtimes.llama_cpp_server import LlamaCpp
 from lexmill.runtimes.ollama_api import OllamaServer, ollama_place
@@ -31,14 +32,14 @@ from lexmill.runtimes.verify_checks import (
     compare_ids,
     mean_divergence,
 )
-from lexmill.runtimes.verify_report import Check, VerifyReport
+from lexmill.runtimes.verify_report import Check, Diagnosis, VerifyReport
 from lexmill.runtimes.verify_transformers import open_transformers
 
 if TYPE_CHECKING:
     from lexmill.inference.language_model import LanguageModel
     from lexmill.runtimes.verify_reference import Reference
 
-__all__ = ["DEFAULT_PROMPTS", "TOLERANCES", "Check", "VerifyReport", "verify"]
+__all__ = ["DEFAULT_PROMPTS", "TOLERANCES", "Check", "Diagnosis", "VerifyReport", "verify"]
 
 _ONLY_WEIGHTS = (
     "the server of llama.cpp ends its process when it loads an encoder–decoder: only the file's weights and "
@@ -78,18 +79,22 @@ def verify(
 
     directory = ModelDirectory.open(model)
     asked_ollama = ollama_place(ollama) if ollama else None
-    with progress.task("verify", 7 + 8 * len(ggufs) + (5 if ollama else 0), "checks") as task:
+    with progress.task("verify", 8 + 9 * len(ggufs) + (5 if ollama else 0), "checks") as task:
         task.advance(0, "lexmill")
         own = _Own(load(directory.path), directory, prompts, tokens)
         task.advance(1)
         checks = list(_compare("transformers", open_transformers(directory), own.asked, task))
+        diagnoses: list[Diagnosis] = []
         for path in map(Path, ggufs):
-            checks += _check_gguf(path, own, task)
+            found = list(_check_gguf(path, own, task))
+            checks += found
+            if failed := {check.check for check in found if check.passed is False}:
+                diagnoses += diagnose_file(found[0].runtime, path, directory, failed)
         if asked_ollama is not None:
             address, told = asked_ollama
             server = contextlib.nullcontext(OllamaServer(address))
             checks += _compare(f"Ollama {told}", server, partial(own.asked_of_ollama, told), task)
-    return VerifyReport(str(directory.path), _environment(), tuple(checks))
+    return VerifyReport(str(directory.path), _environment(), tuple(checks), tuple(diagnoses))
 
 
 class _Own:

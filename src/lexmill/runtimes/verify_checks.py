@@ -68,6 +68,7 @@ class Runtime(Protocol):
     """What every runtime is asked."""
 
     def tokenize(self, text: str) -> list[int]: ...
+    def tokenize_plain(self, text: str) -> list[int]: ...
     def detokenize(self, ids: Sequence[int]) -> str: ...
     def apply_template(self, messages: Sequence[dict[str, str]]) -> str: ...
     def logprobs(self, prompts: Sequence[Sequence[int]], vocabulary: int) -> np.ndarray: ...
@@ -87,7 +88,7 @@ class Comparison:
 
     def all(self) -> Iterator[Check]:
         """Every check, cheap ones first."""
-        for check in (self.tokens, self.round_trip, self.template, self.stops, self.logits):
+        for check in (self.tokens, self.injection, self.round_trip, self.template, self.stops, self.logits):
             yield check()
         if self.reference.rounding:
             yield self.rounding()
@@ -95,7 +96,21 @@ class Comparison:
 
     def tokens(self) -> Check:
         """The ids of texts on which tokenizers differ."""
-        return same_ids(self.name, self.reference.ids, self.runtime.tokenize)
+        check = same_ids(self.name, self.reference.ids, self.runtime.tokenize)
+        return self.reference.stress.added_to(check, self.runtime.tokenize)
+
+    def injection(self) -> Check:
+        """Texts of special tokens, read as what a user wrote: the same ids, and not one that controls the model."""
+        tokenizer, plain = self.reference.tokenizer, self.reference.plain
+        answers = {text: self.runtime.tokenize_plain(text) for text in plain}
+        cases = ((text, ids, answers[text]) for text, ids in plain.items())
+        check = counted(self.name, "injection", cases, "texts of special tokens")
+        control = {tokenizer.vocabulary[text] for text in tokenizer.special_texts} - {tokenizer.ids.unk}
+        leaks = [text for text, ids in (*plain.items(), *answers.items()) if control & set(ids)]
+        if leaks:
+            detail = f"{check.detail}; a user's text becomes a control token: {short(leaks[0])}"
+            check = replace(check, passed=False, figure=max(check.figure or 0, 1), detail=detail)
+        return check
 
     def round_trip(self) -> Check:
         """The text of the ids of a text; its normal form, where the tokenizer normalises."""
@@ -141,7 +156,21 @@ class Comparison:
             return Check(self.name, "logits", None, detail=f"{detail}; {_NO_TOLERANCE}")
         figure = divergence if self.tolerance.kind == "KL" else greatest
         passed = bool(figure <= self.tolerance.logits)  # not so for NaN
+        if not passed:
+            detail += self._first_apart()
         return Check(self.name, "logits", passed, figure, self.tolerance.logits, detail)
+
+    def _first_apart(self) -> str:
+        """The first position that is farther off than all may be together."""
+        assert self._found is not None and self.tolerance is not None
+        ours, ids = self.reference.logprobs, self.reference.positions
+        for at, (own, their) in enumerate(zip(ours, self._found, strict=True)):
+            greatest = self.tolerance.kind == "max"
+            apart = np.abs(own - their).max() if greatest else mean_divergence(own[None], their[None])
+            if not apart <= self.tolerance.logits:
+                after = short(self.reference.tokenizer.decode(ids[at])[-60:])
+                return f"; first at position {at}, {len(ids[at])} tokens long, after {after}"
+        return ""
 
     def rounding(self) -> Check:
         """The same against lexmill with activations rounded: whether that explains what was left."""

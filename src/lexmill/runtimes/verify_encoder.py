@@ -13,6 +13,7 @@ from lexmill.inference.torch_backend import hidden_rows, pair_logits
 from lexmill.runtimes.verify_cases import PAIRS, TEXTS, id_rows, reads_back, usable_texts, with_gap
 from lexmill.runtimes.verify_checks import TOLERANCES, same_ids, same_logprobs
 from lexmill.runtimes.verify_report import Check, counted, short
+from lexmill.runtimes.verify_stress import Stress
 
 if TYPE_CHECKING:
     from lexmill.runtimes.verify_transformers import TransformersEncoder
@@ -68,6 +69,7 @@ class EncoderComparison:
         """The ids of texts, with [CLS] and [SEP], and those of pairs with their segments."""
         tokenizer = self.model.tokenizer
         texts = same_ids(self.name, {text: tokenizer.encode(text) for text in TEXTS}, self.runtime.tokenize)
+        texts = Stress(tokenizer).added_to(texts, self.runtime.tokenize)
         pairs = counted(
             self.name,
             "tokens",

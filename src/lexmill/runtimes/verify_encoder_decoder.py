@@ -12,6 +12,7 @@ from lexmill.inference.sampling import log_softmax
 from lexmill.runtimes.verify_cases import SOURCES, TEXTS, id_rows, with_gap
 from lexmill.runtimes.verify_checks import TOLERANCES, same_ids, same_logprobs
 from lexmill.runtimes.verify_report import Check, counted, short
+from lexmill.runtimes.verify_stress import Stress
 
 if TYPE_CHECKING:
     from lexmill.runtimes.verify_transformers import TransformersEncoderDecoder
@@ -53,9 +54,10 @@ class EncoderDecoderComparison:
     def all(self) -> Iterator[Check]:
         """Every check, cheap ones first."""
         if self.read:
-            yield same_ids(
-                self.name, {text: self.model.tokenizer.encode(text) for text in TEXTS}, self.runtime.tokenize
-            )
+            tokenizer = self.model.tokenizer
+            ids = {text: tokenizer.encode(text) for text in TEXTS}
+            check = same_ids(self.name, ids, self.runtime.tokenize)
+            yield Stress(tokenizer).added_to(check, self.runtime.tokenize)
         yield self.logits()
         if self.read:
             yield self._written("greedy", self.greedy)

@@ -21,7 +21,9 @@ from lexmill.inference.sampling import log_softmax
 from lexmill.model.decoder import Decoder
 from lexmill.model.directory import ModelDirectory
 from lexmill.runtimes.verify_cases import CONVERSATIONS, TEXTS
+from lexmill.runtimes.verify_stress import Stress
 
+_SPECIAL = 64  # texts of special tokens that are tried; some models have hundreds that are alike
 _EVERY = 16  # tokens of a continuation between two positions whose log-probabilities are compared
 
 
@@ -29,6 +31,8 @@ class Reference:
     """lexmill's own answers, each found once.
 
     Attributes:
+        stress: generated texts and their ids.
+        plain: texts of special tokens to their ids as ordinary text.
         positions: texts as ids; the log-probabilities of what follows each are compared.
         logprobs: (positions, vocabulary), lexmill's.
         rounded_logprobs: the same with each product's activations rounded; None where nothing rounds.
@@ -44,6 +48,8 @@ class Reference:
         self.vocabulary, self.context = directory.config.vocab_size, directory.config.context
         self.bos = self.tokenizer.encode("")
         self.ids = {text: self.tokenizer.encode(text) for text in TEXTS}
+        self.stress = Stress(self.tokenizer)
+        self.plain = dict(self._plain())
         self.texts = {text: self.tokenizer.decode(ids[len(self.bos) :]) for text, ids in self.ids.items()}
         self.chats = list(self._chats())
         asked = [self.tokenizer.encode(prompt) for prompt in prompts]
@@ -97,6 +103,13 @@ class Reference:
             for ids in self.prompts
             for limit in [min(self.length, self.context - len(ids) - 1)]
         ]
+
+    def _plain(self) -> Iterator[tuple[str, list[int]]]:
+        """What a user might write to be taken for the system: texts of special tokens, as ordinary text."""
+        special = sorted(self.tokenizer.special_texts)[:_SPECIAL]
+        texts = [text for token in special for text in (token, f"a{token}b", f" {token}\n{token}")]
+        texts += [text for text in TEXTS if any(token in text for token in special)]
+        yield from zip(texts, self.tokenizer.encode_plain(texts), strict=True)
 
     def _chats(self) -> Iterator[tuple[list[dict[str, str]], str]]:
         if not self.tokenizer.chat_template:

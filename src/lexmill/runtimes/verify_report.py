@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lexmill.files import write_json
 
@@ -45,10 +45,21 @@ def counted(runtime: str, check: str, cases: Iterable[tuple[Any, Any, Any]], uni
         total += 1
         if answer != expected:
             wrong += 1
-            first = first or f"; {short(question)}: lexmill {short(expected)}, here {short(answer)}"
+            first = first or f"; {short(question)}: {difference(expected, answer)}"
     if not total:
         return Check(runtime, check, None, detail=f"the model has no {unit} to ask for")
     return Check(runtime, check, wrong == 0, wrong, 0, f"{total - wrong} of {total} {unit} equal{first}")
+
+
+def difference(expected: Any, answer: Any) -> str:
+    """Two answers in words; of texts and rows of ids, from the first position that differs."""
+    at = 0
+    if type(expected) is type(answer) and isinstance(expected, (str, list)):
+        shorter = min(len(expected), len(answer))
+        at = next((at for at in range(shorter) if expected[at] != answer[at]), shorter)
+        expected, answer = expected[at:], answer[at:]
+    place = f"from position {at} " if at else ""
+    return f"{place}lexmill {short(expected)}, here {short(answer)}"
 
 
 def short(value: Any) -> str:
@@ -57,13 +68,26 @@ def short(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:117]}…"
 
 
+class Diagnosis(NamedTuple):
+    """A likely cause of what a runtime was found to do otherwise.
+
+    Attributes:
+        runtime: as in `Check`.
+        cause: a sentence.
+    """
+
+    runtime: str
+    cause: str
+
+
 @dataclass(frozen=True)
 class VerifyReport:
-    """All checks of one model."""
+    """All checks of one model, and for each runtime that failed one the causes, likeliest first."""
 
     model: str
     environment: Mapping[str, str]
     checks: tuple[Check, ...]
+    diagnoses: tuple[Diagnosis, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -85,6 +109,7 @@ class VerifyReport:
             "passed": self.passed,
             "environment": dict(self.environment),
             "checks": [asdict(check) for check in self.checks],
+            "diagnoses": [diagnosis._asdict() for diagnosis in self.diagnoses],
         }
 
     def write(self, path: Path | str) -> None:
@@ -92,7 +117,10 @@ class VerifyReport:
         write_json(path, self.to_json())
 
     def table_rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Rows for a table: runtime, check, result ("same*" with ties), "figure ≤ tolerance", detail."""
+        """Rows for a table: runtime, check, result ("same*" with ties), "figure ≤ tolerance", detail.
+
+        Behind the checks stand the diagnoses, whose check is "likely cause".
+        """
         words = {True: "same", False: "DIFFERENT", None: "not checked"}
         return [
             (
@@ -103,7 +131,7 @@ class VerifyReport:
                 check.detail,
             )
             for check in self.checks
-        ]
+        ] + [(runtime, "likely cause", "", "", cause) for runtime, cause in self.diagnoses]
 
 
 def _comparison(check: Check) -> str:

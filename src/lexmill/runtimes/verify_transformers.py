@@ -73,6 +73,10 @@ class _Transformers:
         """The ids of a text."""
         return self._tokenizer.encode(text)
 
+    def tokenize_plain(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens are not recognised, and nothing around them."""
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of ids."""
         return self._tokenizer.decode(list(ids))
