@@ -5,16 +5,11 @@
 // own would fight with torch's waiting threads for the same cores.
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "training.h"
 
-#ifdef _WIN32
-#define EXPORT extern "C" __declspec(dllexport)
-#else
 #define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 namespace lexmill {
 namespace {

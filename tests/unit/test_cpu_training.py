@@ -1,5 +1,8 @@
 """The hand-written steps of training on a CPU give what torch's plain operations give in float64."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,9 +67,11 @@ def test_rms_norm():
 def test_activations(name, dtype, tolerance):
     gate, up = 3 * torch.randn(7, 1001), torch.randn(7, 1001)
     number, plain = kernels.ACTIVATIONS[name], mlp.ACTIVATIONS[name]
-    found = gradients(lambda gate, up: mlp._Activated.apply(gate, up, number), (gate, up), dtype)
+    found = gradients(
+        lambda gate, up: mlp._Activated.apply(gate, up, kernels.KERNELS, number), (gate, up), dtype
+    )
     assert agree(found, gradients(lambda gate, up: plain(gate) * up, (gate, up), torch.float64), tolerance)
-    found = gradients(lambda gate: mlp._Activated.apply(gate, None, number), (gate,), dtype)
+    found = gradients(lambda gate: mlp._Activated.apply(gate, None, kernels.KERNELS, number), (gate,), dtype)
     assert agree(found, gradients(plain, (gate,), torch.float64), tolerance)
 
 
@@ -118,6 +123,22 @@ def test_every_instruction_set_and_number_of_threads(at_most, threads):
     finally:
         torch.set_num_threads(before)
         kernels.load()
+
+
+@pytest.mark.skipif(kernels.KERNELS is None, reason="the compiled steps were not built")
+def test_a_second_openmp_in_the_process_does_not_turn_them_off(tmp_path):
+    """Other packages bring one along; the threads must be torch's all the same."""
+    program = f"""
+import ctypes, pathlib, shutil, torch
+lines = open("/proc/self/maps").read().splitlines()
+path = next(line.split()[-1] for line in lines if "omp.so" in line or "omp5.so" in line)
+other = ctypes.CDLL(shutil.copy(path, {str(tmp_path / "libgomp-other.so")!r}))
+from lexmill.model import kernels
+assert kernels.KERNELS is not None
+own = ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+assert kernels._openmp()[0] == own != ctypes.cast(other.GOMP_parallel, ctypes.c_void_p).value
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lexmill.model.kernels import KERNELS, fits
+from lexmill.model.kernels import kernels_for, learns_on_cpu
 from lexmill.model.scope import Scope
 
 _LONGEST_IN_BLOCKS = 1024  # keys; beyond, the stored weights grow too large
@@ -28,8 +28,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float) -> Tenso
         q: (batch, heads, queries, head_width).
         k, v: (batch, kv_heads, keys, head_width).
     """
-    learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if learning and q.device.type == "cpu" and k.shape[2] <= _LONGEST_IN_BLOCKS:
+    if learns_on_cpu(q, k, v) and k.shape[2] <= _LONGEST_IN_BLOCKS:
         return _Blocks.apply(q, k, v, scope.mask, scope.bias, scope.causal, scale)
     mask = _float_mask(scope, q.dtype, q.shape[2], k.shape[2]) if scope.bias is not None else scope.mask
     causal = scope.causal and mask is None and q.shape[2] > 1
@@ -93,7 +92,7 @@ class _Blocks(torch.autograd.Function):
         groups, keys = heads // k.shape[1], k.shape[2]
         with torch.autocast(q.device.type, enabled=False):
             # heads that share keys lie behind each other, as more queries: (batch * kv_heads, groups, …)
-            compiled = KERNELS is not None and mask is None and bias is None and fits(q)
+            compiled = kernels_for(q) if mask is None and bias is None else None
             # scores are scaled in the softmax, or else the queries: they are fewer
             queries = (q if compiled else q * scale).reshape(-1, groups, time, width)
             k, v = (part.reshape(-1, keys, width) for part in (k, v))
@@ -105,8 +104,7 @@ class _Blocks(torch.autograd.Function):
                 block = queries[:, :, start:end].reshape(-1, groups * (end - start), width)
                 scores = torch.bmm(block, k[:, :seen].mT)
                 if compiled:
-                    assert KERNELS is not None
-                    KERNELS.softmax(scores, end - start, scale, causal=causal)
+                    compiled.softmax(scores, end - start, scale, causal=causal)
                 else:
                     shaped = scores.view(batch, heads, end - start, seen)
                     _hide(shaped, mask, bias, causal, slice(start, end))
@@ -134,8 +132,7 @@ class _Blocks(torch.autograd.Function):
                 block, down = queries[:, :, start:end].reshape(flat), gradient[:, :, start:end].reshape(flat)
                 dscores = torch.bmm(down, v[:, :seen].mT)
                 if ctx.compiled:
-                    assert KERNELS is not None
-                    KERNELS.softmax_back(share, dscores, ctx.scale)
+                    ctx.compiled.softmax_back(share, dscores, ctx.scale)
                 else:
                     _softmax_backward(dscores, share, -1, share.dtype, grad_input=dscores)
                 if dbias is not None:

@@ -2,7 +2,7 @@
 
 `KERNELS` is None where they were not built, where torch runs on another OpenMP than they can use, or
 where the environment variable LEXMILL_NATIVE is "0"; then torch's own operations do the same, slower.
-Nothing is checked in the compiled code: the callers here pass dense CPU tensors of fitting shapes.
+Nothing is checked in the compiled code: callers ask `kernels_for`, and pass dense tensors of fitting shapes.
 """
 
 from __future__ import annotations
@@ -157,22 +157,21 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else _addresses(tensor)[0]
 
 
-def fits(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: on a CPU, in float32 or bfloat16."""
-    return all(tensor.device.type == "cpu" and tensor.dtype in _DTYPES for tensor in tensors)
-
-
 def _openmp() -> tuple[int, int, int] | None:
     """Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads in torch's own OpenMP."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return None
-    libraries = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "omp" in line.rsplit("/", 1)[-1]}
-    found = [path for path in libraries if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))]
-    if len(found) != 1:  # none, or more than one: whose threads are torch's cannot be told
+    lines = (line.split(maxsplit=5) for line in maps.splitlines())
+    loaded = {Path(line[5]) for line in lines if len(line) > 5}
+    found = [path for path in loaded if path.name.startswith(("libgomp", "libiomp5", "libomp"))]
+    if len(found) > 1:  # other packages bring one too; torch's own lies in torch/lib or torch.libs
+        near = Path(torch.__file__).parent
+        found = [path for path in found if path.is_relative_to(near) or path.parent.name == "torch.libs"]
+    if len(found) != 1:  # whose threads are torch's cannot be told
         return None
-    library = ctypes.CDLL(found[0])
+    library = ctypes.CDLL(str(found[0]))
     try:
         functions = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
     except AttributeError:
@@ -182,7 +181,10 @@ def _openmp() -> tuple[int, int, int] | None:
 
 
 def load(at_most: str = "avx512") -> Kernels | None:
-    """The kernels with the best instruction set of this machine up to `at_most`, or None."""
+    """The kernels with the best instruction set of this machine up to `at_most`, or None.
+
+    The set is the process's: an earlier result uses it from then on, too.
+    """
     import lexmill
 
     name = _NAMES.get(sys.platform)
@@ -203,3 +205,14 @@ def load(at_most: str = "avx512") -> Kernels | None:
 
 
 KERNELS = load()
+
+
+def kernels_for(tensor: Tensor) -> Kernels | None:
+    """The kernels where there are some and they take a tensor like this: on a CPU, in float32 or bfloat16."""
+    return KERNELS if tensor.device.type == "cpu" and tensor.dtype in _DTYPES else None
+
+
+def learns_on_cpu(*tensors: Tensor) -> bool:
+    """Whether a gradient is wanted of one of these, and they lie on a CPU."""
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return wanted and tensors[0].device.type == "cpu"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lexmill.model import kernels
 from lexmill.model.config import ModelConfig
-from lexmill.model.kernels import KERNELS, fits
+from lexmill.model.kernels import Kernels, kernels_for, learns_on_cpu
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -39,9 +39,9 @@ class MLP(nn.Module):
         return self.down(self._activated(gate, self.up(x) if self.gated else None))
 
     def _activated(self, gate: Tensor, up: Tensor | None) -> Tensor:
-        learning = torch.is_grad_enabled() and gate.requires_grad
-        if learning and KERNELS is not None and self.compiled is not None and fits(gate):
-            return _Activated.apply(gate, up, self.compiled)
+        compiled = kernels_for(gate)
+        if compiled and self.compiled is not None and learns_on_cpu(gate):
+            return _Activated.apply(gate, up, compiled, self.compiled)
         activated = self.activation(gate)
         return activated if up is None else activated * up
 
@@ -50,14 +50,14 @@ class _Activated(torch.autograd.Function):
     """act(gate) * up, or act(gate), in one pass forward and one back; act(gate) is not kept."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: int) -> Tensor:  # type: ignore[override]
-        assert KERNELS is not None
+    def forward(  # type: ignore[override]
+        ctx: Any, gate: Tensor, up: Tensor | None, compiled: Kernels, activation: int
+    ) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return KERNELS.gated(gate, up, activation)
+        ctx.compiled, ctx.activation = compiled, activation
+        return compiled.gated(gate, up, activation)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        assert KERNELS is not None
         gate, up = ctx.saved_tensors
-        return *KERNELS.gated_back(gate, up, gradient.contiguous(), ctx.activation), None
+        return *ctx.compiled.gated_back(gate, up, gradient.contiguous(), ctx.activation), None, None

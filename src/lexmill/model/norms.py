@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexmill.model.config import ModelConfig
-from lexmill.model.kernels import KERNELS
+from lexmill.model.kernels import kernels_for, learns_on_cpu
 
 _CACHED = 1 << 17  # numbers that training works on at once, so that they stay in a core's cache
 
@@ -34,23 +34,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        kinds = x.dtype in (torch.float32, torch.bfloat16), self.weight.dtype == torch.float32
-        if not (_trains_on_cpu(x) and all(kinds)):
+        usual = x.dtype in (torch.float32, torch.bfloat16) and self.weight.dtype == torch.float32
+        if not (usual and learns_on_cpu(x)):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
         return _RMSNorm.apply(x, self.weight, self.eps, dtype)
-
-
-def _trains_on_cpu(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad and x.device.type == "cpu"
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
         rows = x.reshape(-1, x.shape[-1])
-        if KERNELS is not None:
-            out, inverse = KERNELS.rms_norm(rows, weight, eps, dtype)
+        if compiled := kernels_for(rows):
+            out, inverse = compiled.rms_norm(rows, weight, eps, dtype)
             ctx.save_for_backward(rows, weight, inverse)
             return out.view(x.shape)
         inverse = torch.empty(len(rows), 1)
@@ -71,8 +67,8 @@ class _RMSNorm(torch.autograd.Function):
         rows, weight, inverse = ctx.saved_tensors
         width = rows.shape[-1]
         down = gradient.reshape(rows.shape)
-        if KERNELS is not None:
-            to_rows, to_weight = KERNELS.rms_norm_back(rows, weight, inverse, down)
+        if compiled := kernels_for(rows):
+            to_rows, to_weight = compiled.rms_norm_back(rows, weight, inverse, down)
             return to_rows.view(gradient.shape), to_weight, None, None
         to_rows, to_weight = torch.empty_like(rows), torch.zeros_like(weight)
         some = max(1, _CACHED // width)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lexmill.model.kernels import KERNELS, fits
+from lexmill.model.kernels import kernels_for
 
 
 def rotary_table(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -46,8 +46,9 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float, out: Tensor) -> Tensor:
-    if KERNELS is not None and fits(x) and x.stride(-1) == 1:
-        KERNELS.rotate(x, out, cos, sin, sign)
+    compiled = kernels_for(x)
+    if compiled and x.stride(-1) == 1:
+        compiled.rotate(x, out, cos, sin, sign)
         return out
     cos, sin = (part.unsqueeze(-2).to(x.dtype) for part in (cos, sin))
     half = x.shape[-1] // 2

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lexmill.model.kernels import KERNELS, fits
+from lexmill.model.kernels import kernels_for
 
 _ROWS = 1024  # positions whose logits exist at the same time
-_CACHED = 1 << 18  # logits that are worked on at once on a CPU, so that they stay in its cache
+_CACHED = (
+    1 << 18
+)  # logits that are worked on at once on a CPU without kernels, so that they stay in its cache
 _FEWEST = 8  # positions of them, however large the vocabulary
 
 
@@ -51,7 +53,7 @@ def _logits(hidden: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The logits of a part turn into their gradient where they lie; a few rows at a time are float32."""
+    """The logits of a part turn into their gradient where they lie."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, dtype):  # type: ignore[override]
@@ -60,15 +62,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             to_hidden, to_weight = torch.empty_like(inputs), torch.zeros_like(weight, dtype=torch.float32)
             to_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
             total = hidden.new_zeros((), dtype=torch.float32)
-            compiled = KERNELS is not None and fits(inputs)
-            fitting = _ROWS if hidden.is_cuda or compiled else max(_CACHED // len(weight), _FEWEST)
             for start in range(0, len(inputs), _ROWS):
                 part = inputs[start : start + _ROWS]
                 logits = torch.mm(part, matrix.mT)
-                for first in range(0, len(part), fitting):
-                    rows = logits[first : first + fitting]
-                    wanted = targets[start + first : start + first + len(rows)]
-                    total += _to_gradient(rows, wanted, bias, to_bias)
+                total += _to_gradient(logits, targets[start : start + _ROWS], bias, to_bias)
                 torch.mm(logits, matrix, out=to_hidden[start : start + _ROWS])
                 if dtype == torch.float32:
                     to_weight.addmm_(logits.mT, part)
@@ -94,20 +91,22 @@ def _to_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None, to_bias: 
         targets: (n,).
         to_bias: the bias's gradient is added to it.
     """
-    if KERNELS is not None and fits(logits):
-        lost = KERNELS.cross_entropy(logits, targets, bias).sum()
+    if compiled := kernels_for(logits):
+        lost = compiled.cross_entropy(logits, targets, bias).sum()
         if to_bias is not None:
             to_bias += logits.sum(0, dtype=torch.float32)
         return lost
-    index = targets[:, None]
-    exact = logits.float()  # the logits themselves where they are float32
-    if bias is not None:
-        exact += bias
-    torch.log_softmax(exact, -1, out=exact)
-    lost = -exact.gather(1, index).sum()
-    exact.exp_().scatter_add_(1, index, exact.new_full(index.shape, -1.0))  # less one at the target
-    if to_bias is not None:
-        to_bias += exact.sum(0)
-    if exact is not logits:
-        logits.copy_(exact)
+    lost = logits.new_zeros((), dtype=torch.float32)
+    at_once = len(logits) if logits.is_cuda else max(_CACHED // logits.shape[1], _FEWEST)
+    for rows, index in zip(logits.split(at_once), targets[:, None].split(at_once)):
+        exact = rows.float()  # the logits themselves where they are float32
+        if bias is not None:
+            exact += bias
+        torch.log_softmax(exact, -1, out=exact)
+        lost -= exact.gather(1, index).sum()
+        exact.exp_().scatter_add_(1, index, exact.new_full(index.shape, -1.0))  # less one at the target
+        if to_bias is not None:
+            to_bias += exact.sum(0)
+        if exact is not rows:
+            rows.copy_(exact)
     return lost
