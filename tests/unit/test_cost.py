@@ -237,14 +237,25 @@ def test_a_plan_counts_the_tokens_of_documents(documents, tokenizer, tmp_path):
         plan_pretraining(config)
 
 
-def run_measured(code, folder):
-    """Seconds-a-step and most memory of a process that runs `code`."""
+def run_measured(arguments):
+    """The most memory, in bytes, that `lexmill` with these arguments held, told by its process itself.
+
+    What the system tells of an ended child is at least what its parent held when the child began.
+    """
+    code = f"""
+import sys
+from lexmill.cli.main import main
+from lexmill.devices import peak_memory
+sys.argv = ["lexmill", *{arguments!r}]
+try:
+    main()
+finally:
+    print("most:", peak_memory())
+"""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], env=environment)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.rpartition("most:")[2])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is measured on Linux")
@@ -258,10 +269,7 @@ def test_the_plan_of_a_small_model_agrees_with_its_run(documents, tokenizer, tmp
     assert planned.returncode == 0, planned.stderr
     assert not (tmp_path / "out").exists(), "a plan writes nothing"
     plan = json.loads(planned.stdout)["pretrain"]
-    arguments = [str(argument) for argument in ("lexmill", "pretrain", *paths, *options, "--quiet")]
-    most = run_measured(
-        f"import sys; sys.argv = {arguments!r}; from lexmill.cli.main import main; main()", tmp_path
-    )
+    most = run_measured([str(argument) for argument in ("pretrain", *paths, *options, "--quiet")])
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert plan["parameters"]["total"] == result["parameters"]
     assert plan["steps"] == result["steps"]
