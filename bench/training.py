@@ -2,8 +2,8 @@
 
 Every side has the same shape, batch and machine and trains in a process of its own; steps of all sides
 are interleaved, and the median of the paired ratios against each peer's better precision is quoted. The
-same run measures the machine's matrix products: the largest rate of square ones, and those of the step's
-own weights alone, without anything else; what a step reaches of the latter is printed.
+same run measures lexmill without its compiled steps, and the machine's matrix products: the largest rate of
+square ones, and those of the step's own weights alone; what a step reaches of the latter is printed.
 
     python bench/training.py
     python bench/training.py decoder wide --pairs 6
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,7 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
     "wide": ({"family": "llama", "width": 512, "layers": 8, "heads": 8}, 8192),
 }
 OURS = ("lexmill-adamw", "lexmill-muon")
+UNCOMPILED = "uncompiled-adamw"  # lexmill with LEXMILL_NATIVE=0
 PEERS = {
     "decoder": ("transformers", "nanogpt"),
     "encoder": ("transformers",),
@@ -193,7 +195,9 @@ def make_side(shape: str, name: str) -> tuple[Callable[[Any], float], str]:
     kind, _, variant = name.partition("-")
     if kind == "products":
         return products_side(shape)
-    return our_side(shape, variant) if kind == "lexmill" else peer_side(shape, kind, variant)
+    if kind in ("lexmill", "uncompiled"):
+        return our_side(shape, variant)
+    return peer_side(shape, kind, variant)
 
 
 def child(shape: str, name: str) -> None:
@@ -215,7 +219,10 @@ class Side:
 
     def __init__(self, shape: str, name: str) -> None:
         command = [sys.executable, __file__, shape, "--child", name]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        native = {"LEXMILL_NATIVE": "0"} if name == UNCOMPILED else {}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **native}
+        )
         self.name, self.precision = name, self._read()["precision"]
         self.seconds: list[float] = []
 
@@ -242,7 +249,7 @@ class Side:
 
 def compare_speed(shape: str, pairs: int, steps: int) -> dict[str, Any]:
     """Interleave all sides, print rates and paired ratios, and return them."""
-    names = [*OURS, *(f"{peer}-{precision}" for peer in PEERS[shape] for precision in PRECISIONS)]
+    names = [*OURS, UNCOMPILED, *(f"{peer}-{precision}" for peer in PEERS[shape] for precision in PRECISIONS)]
     if PEERS[shape] != ("transformers",):
         names.append("products")
     sides = {name: Side(shape, name) for name in names}
@@ -275,6 +282,11 @@ def compare_speed(shape: str, pairs: int, steps: int) -> dict[str, Any]:
             )
             found[f"{ours} against {peer}"] = ratio
             print(f"  {ours}: {ratio:.2f} times {better.name} (median of {pairs} paired ratios)")
+    ratio = statistics.median(
+        without / mine for without, mine in zip(sides[UNCOMPILED].seconds, sides[OURS[0]].seconds)
+    )
+    found[f"{OURS[0]} against {UNCOMPILED}"] = ratio
+    print(f"  {OURS[0]}: {ratio:.2f} times {UNCOMPILED}, without compiled steps")
     if "products" in sides:
         matrices = 6 * ROWS * LENGTH * _products(shape)
         alone = matrices / sides["products"].median
