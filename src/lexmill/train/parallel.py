@@ -65,7 +65,8 @@ def spread(task: Task, processes: Processes, sharding: Sharding, compiled: bool 
     # a step without pairs leaves the pair head without a gradient
     unused = hasattr(task.model, "nsp")
     return nn.parallel.DistributedDataParallel(
-        task, find_unused_parameters=unused, gradient_as_bucket_view=True
+        # the only buffers are a quantised base, which is the same everywhere
+        task, find_unused_parameters=unused, gradient_as_bucket_view=True, broadcast_buffers=False
     )
 
 
