@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from lexmill.data.documents import read_documents
 from lexmill.errors import DataError
-from lexmill.finetune.chat import chat_example, fit
-from lexmill.finetune.stage import Replay, join_conversations
+from lexmill.finetune.chat import Replay, chat_example, fit, join_conversations
 from lexmill.train.examples import IGNORED
 
 
@@ -66,7 +66,7 @@ def test_joined_conversations_are_used_once_each():
 
 
 def test_replay_draws_about_as_much_text_as_asked(documents, tokenizer):
-    replay = Replay(documents / "train.parquet", tokenizer, 64)
+    replay = Replay(read_documents(documents / "train.parquet"), tokenizer, 64)
     pieces = replay.draw(1000, np.random.default_rng(0))
     assert 1000 <= sum(len(piece.tokens) for piece in pieces) < 1064
     assert all(len(piece.tokens) <= 64 for piece in pieces)

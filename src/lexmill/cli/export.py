@@ -41,18 +41,28 @@ def hf(
 def gguf(
     model: Model,
     out: Out,
-    type: Annotated[str, typer.Option("--type", help=_TYPES)] = "f16",
+    type: Annotated[
+        str,
+        typer.Option(
+            "--type", help=_TYPES + " Of an adapter: f32, f16, bf16.", show_default="f16; adapters f32"
+        ),
+    ] = "",
     imatrix: Annotated[
         Path | None,
         typer.Option("--imatrix", help="An importance matrix, made by lexmill imatrix.", show_default=False),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """A GGUF file for llama.cpp."""
+    """A GGUF file for llama.cpp; of an adapter directory an adapter file, for its --lora."""
     from lexmill.inference.language_model import find_model
+    from lexmill.model.adapter_files import is_adapter
+    from lexmill.runtimes.gguf_adapter import export_adapter_gguf
     from lexmill.runtimes.llama_cpp import export_gguf
 
-    export_gguf(find_model(model), out, type, make_progress(quiet), imatrix)
+    if is_adapter(model):
+        export_adapter_gguf(model, out, type or "f32")
+    else:
+        export_gguf(find_model(model), out, type or "f16", make_progress(quiet), imatrix)
     typer.echo(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -19,6 +19,7 @@ from lexmill.model.config import ModelConfig
 from lexmill.model.names import LinearLayer, linear_layers, weight_names, weight_shapes
 
 ALL_LINEAR = "all-linear"
+QUANTISED_TYPES = ("q8_0", "q4_1", "q4_0")  # in which a base may be kept: types of GGUF files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,10 @@ class LoraConfig:
                 real = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
                 if not (real and math.isfinite(alpha) and alpha > 0):
                     raise ConfigError(f"'{name}' must be a positive number, but is {alpha!r}.")
+        if self.quantise and self.quantise not in QUANTISED_TYPES:
+            raise ConfigError(
+                f"A base cannot be kept in '{self.quantise}'.", suggest(self.quantise, QUANTISED_TYPES)
+            )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"'dropout' must lie in [0, 1), but is {self.dropout}.")
 
@@ -192,7 +197,7 @@ class MergedWeights(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, config: ModelConfig, base: Callable[[str], np.ndarray], adapter: Adapter) -> None:
-        self._base, self._adapter = base, adapter
+        self.base, self._adapter = base, adapter
         self._names = [name.own for name in weight_names(config)]
         self._places: dict[str, tuple[str, slice]] = {}
         for layer in linear_layers(config):
@@ -215,7 +220,7 @@ class MergedWeights(Mapping[str, np.ndarray]):
     def __getitem__(self, own: str) -> np.ndarray:
         if own in self._adapter.replaced:
             return self._adapter.replaced[own]
-        weight, change = self._base(own), self.change(own)
+        weight, change = self.base(own), self.change(own)
         return weight if change is None else weight + change
 
     def __iter__(self) -> Iterator[str]:

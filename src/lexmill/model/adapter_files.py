@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from lexmill.errors import FileError, FormatError, LexmillError, ModelError
-from lexmill.files import atomic_directory, read_json, require_file, sha256_file, write_json
+from lexmill.files import explain_os_errors, read_json, require_file, sha256_file, write_json
+from lexmill.formats.blocks import BLOCK_TYPES, decode, encode
 from lexmill.formats.safetensors import SafetensorsFile
 from lexmill.formats.safetensors_writing import write_safetensors
-from lexmill.model.adapter import ALL_LINEAR, Adapter, LoraConfig, LowRank, MergedWeights
+from lexmill.model.adapter import ALL_LINEAR, QUANTISED_TYPES, Adapter, LoraConfig, LowRank, MergedWeights
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import LINEAGE_FILE, ModelDirectory
-from lexmill.model.names import linear_layers, weight_names
+from lexmill.model.names import linear_layers, matrices_in_blocks, weight_names
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -63,11 +64,25 @@ class AdapterDirectory:
     def quantised(self) -> str:
         """The type in which the base was kept while the adapter learned; "" for float32 or not known."""
         type = _facts(self.lineage).get("quantise")
-        return type if isinstance(type, str) else ""
+        return type if type in QUANTISED_TYPES else ""
 
-    def merged(self) -> MergedWeights:
-        """The base's weights with the adapter in them."""
-        return MergedWeights(self.base.config, self.base.weight, self.adapter)
+    def merged(self, as_trained: bool = False) -> MergedWeights:
+        """The base's weights with the adapter in them.
+
+        Args:
+            as_trained: if the base was kept in few bits while the adapter learned, take what those bits say.
+        """
+        if not (as_trained and self.quantised):
+            return MergedWeights(self.config, self.base.weight, self.adapter)
+        kind, inside = BLOCK_TYPES[self.quantised.upper()], matrices_in_blocks(self.config)
+
+        def rounded(own: str) -> np.ndarray:
+            weight = self.base.weight(own)
+            if own not in inside or not kind.fits(weight.shape):
+                return weight
+            return decode(encode(weight, kind), kind, weight.shape)
+
+        return MergedWeights(self.config, rounded, self.adapter)
 
     @classmethod
     def open(cls, path: Path | str, base: ModelDirectory | Path | str | None = None) -> AdapterDirectory:
@@ -243,14 +258,16 @@ def _find_base(path: Path, settings: Mapping[str, Any], lineage: Mapping[str, An
     raise FileError(
         f"{path}: the base model of this adapter, {said!r}, is not there." if said
         else f"{path}: this adapter does not say which model it is for.",
-        "Name its directory with --base; a model of a hub must be downloaded first.",
+        "Tell it once: lexmill import ADAPTER --base MODEL --out DIR. A hub's model must be downloaded first.",
     )  # fmt: skip
 
 
 def write_adapter(
     path: Path | str, adapter: Adapter, base: ModelDirectory, lineage: Mapping[str, Any] | None = None
 ) -> AdapterDirectory:
-    """Write an adapter as PEFT does, whole or not at all, and open it.
+    """Write an adapter as PEFT does, and open it. Other files in the folder stay: those of its training.
+
+    The configuration comes last, and an old one goes first: without it a folder is no adapter.
 
     Args:
         base: the model that it is for; its path and the hashes of its weights are noted.
@@ -272,10 +289,11 @@ def write_adapter(
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = change.a
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = change.b
     tensors |= {f"{_PREFIX}{stored[own]}": weight for own, weight in adapter.replaced.items()}
-    with atomic_directory(path) as folder:
-        write_json(folder / CONFIG_FILE, _settings(adapter, base))
-        write_safetensors(folder / WEIGHTS_FILE, tensors)
-        write_json(folder / LINEAGE_FILE, {**(lineage or {}), "adapter": facts})
+    with explain_os_errors(path, "write"):
+        (path / CONFIG_FILE).unlink(missing_ok=True)
+    write_safetensors(path / WEIGHTS_FILE, tensors)
+    write_json(path / LINEAGE_FILE, {**(lineage or {}), "adapter": facts})
+    write_json(path / CONFIG_FILE, _settings(adapter, base))
     return AdapterDirectory.open(path, base)
 
 

@@ -276,6 +276,12 @@ class LinearLayer:
         return sum(self.rows)
 
 
+def matrices_in_blocks(config: ModelConfig) -> frozenset[str]:
+    """Our names of the weights of linear layers inside blocks: what may be kept in few bits."""
+    layers = linear_layers(config)
+    return frozenset(f"{own}.weight" for layer in layers for own in layer.owns if ".blocks." in own)
+
+
 # Weights that are looked up, not multiplied.
 _LOOKED_UP = ("embed.weight", "relative.weight")
 

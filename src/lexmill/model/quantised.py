@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from lexmill.config import suggest
 from lexmill.errors import ConfigError
 from lexmill.formats.blocks import BLOCK_TYPES, BlockType, encode
+from lexmill.model.adapter import QUANTISED_TYPES
 from lexmill.model.build import build_model
 from lexmill.model.config import ModelConfig
-from lexmill.model.names import linear_layers, weight_names
+from lexmill.model.names import matrices_in_blocks, weight_names
 from lexmill.model.transformer import Transformer
 
 
@@ -46,7 +47,7 @@ def _q4_1(blocks: Tensor) -> Tensor:
 
 # Each takes blocks (rows, blocks, bytes of one), uint8, and gives float32 (rows, blocks, 32).
 _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {"q8_0": _q8_0, "q4_1": _q4_1, "q4_0": _q4_0}
-QUANTISED_TYPES = tuple(_DECODERS)
+assert set(_DECODERS) == set(QUANTISED_TYPES)
 
 
 def quantised_type(name: str) -> BlockType:
@@ -55,10 +56,8 @@ def quantised_type(name: str) -> BlockType:
     Raises:
         ConfigError: weights cannot be kept in it.
     """
-    if name.lower() not in _DECODERS:
-        raise ConfigError(
-            f"A base cannot be kept in '{name}' while an adapter is trained.", suggest(name, _DECODERS)
-        )
+    if name.lower() not in QUANTISED_TYPES:
+        raise ConfigError(f"A base cannot be kept in '{name}'.", suggest(name, QUANTISED_TYPES))
     return BLOCK_TYPES[name.upper()]
 
 
@@ -128,11 +127,11 @@ def build_quantised(
     kind = quantised_type(type)
     with torch.device("meta"):
         model = build_model(config)
-    inside = [own for layer in linear_layers(config) for own in layer.owns if ".blocks." in own]
+    inside = matrices_in_blocks(config)
     whole = []
     for name in weight_names(config):
         place, _, attribute = name.own.rpartition(".")
-        if place in inside and attribute == "weight":
+        if name.own in inside:
             weight = np.asarray(weights[name.own], np.float32)
             if kind.fits(weight.shape):
                 bias = getattr(model.get_submodule(place), "bias", None)

@@ -22,7 +22,7 @@ from lexmill.train.examples import IGNORED
 from lexmill.train.memory import explain_no_memory
 from lexmill.train.objective import Objective
 from lexmill.train.optimizers import OptimizerSet
-from lexmill.train.parallel import Task, spread
+from lexmill.train.parallel import Task, recompute_blocks, spread
 from lexmill.train.precision import autocast, matmul_gflops
 from lexmill.train.processes import Processes
 
@@ -129,6 +129,7 @@ class _Step:
         with torch.no_grad():  # values like those of a beginning: none so large that a step overflows
             for weight in model.parameters():
                 weight.mul_(0).add_(1.0) if weight.dim() == 1 else weight.normal_(0, 0.02)
+        recompute_blocks(model, training.gradient_checkpointing)
         alone = Processes(device=device)
         self.task = spread(Task(model, objective), alone, "replicate", training.compile).train()
         self.precision, self.device, self.clip = precision, device, training.clip

@@ -205,7 +205,8 @@ class Checkpoints:
     def _weights(self) -> dict[str, np.ndarray]:
         """Copies of the weights that learn; a spread model's are gathered, in all processes at once."""
         return {
-            name: whole(parameter.detach()).to("cpu", copy=True).numpy() for name, parameter in self._learned()
+            name: whole(parameter.detach()).to("cpu", copy=True).numpy()
+            for name, parameter in self._learned()
         }
 
     def _learned(self) -> list[tuple[str, nn.Parameter]]:
