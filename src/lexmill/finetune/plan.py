@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from lexmill.data.documents import Document
 from lexmill.finetune.chat import chat_example
 from lexmill.finetune.config import FinetuneConfig
 from lexmill.finetune.rows import read_split
+from lexmill.model.adapter import LoraConfig
+from lexmill.model.build import build_model
 from lexmill.model.config import ModelConfig
+from lexmill.model.lora import add_adapter, begin_adapter
+from lexmill.model.quantised import build_quantised
+from lexmill.model.transformer import Transformer
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.train.causal import causal_loss
-from lexmill.train.cost import Row
+from lexmill.train.cost import Row, adapter_cost
 from lexmill.train.examples import IGNORED
 from lexmill.train.forecast import CALIBRATION_SECONDS, Data, Forecast, forecast
 
@@ -42,7 +49,30 @@ def plan_finetuning(
     if data is not None and tokenizer is not None:
         documents = read_split(data, "train", config.validation_fraction, config.seed, validation)
         row, found = _look_at(documents, tokenizer, config, length)
-    return forecast(config, shape, causal_loss, row, data=found, world=world, seconds=seconds)
+    lora = config.lora
+    return forecast(
+        config,
+        shape,
+        causal_loss,
+        row,
+        data=found,
+        world=world,
+        seconds=seconds,
+        adapter=adapter_cost(shape, lora) if lora else None,
+        build=partial(_any_weights, shape, lora) if lora else None,
+    )
+
+
+def _any_weights(shape: ModelConfig, lora: LoraConfig) -> Transformer:
+    """A model with an adapter as the run has it, of weights that mean nothing."""
+    model = build_model(shape)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, 0.02)
+    if lora.quantise:
+        model, _ = build_quantised(shape, model.weights(), lora.quantise)
+    add_adapter(model, begin_adapter(model, lora, seed=0))
+    return model
 
 
 def _look_at(

@@ -96,7 +96,7 @@ class LoraConfig:
         modules = {name.own: name.huggingface.rpartition(".")[0] for name in weight_names(config)}
         found = []
         for key in self.modules_to_save:
-            owns = [own for own, module in modules.items() if names(key, module)]
+            owns = [own for own, module in modules.items() if module.endswith(key)]  # as PEFT has it
             if not owns:
                 raise _no_such_module(key, config, sorted(set(modules.values())))
             if config.tied and "embed.weight" in owns:

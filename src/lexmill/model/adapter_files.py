@@ -293,11 +293,11 @@ def write_adapter(
         (path / CONFIG_FILE).unlink(missing_ok=True)
     write_safetensors(path / WEIGHTS_FILE, tensors)
     write_json(path / LINEAGE_FILE, {**(lineage or {}), "adapter": facts})
-    write_json(path / CONFIG_FILE, _settings(adapter, base))
+    write_json(path / CONFIG_FILE, _settings(adapter, base, stored))
     return AdapterDirectory.open(path, base)
 
 
-def _settings(adapter: Adapter, base: ModelDirectory) -> dict[str, Any]:
+def _settings(adapter: Adapter, base: ModelDirectory, stored: Mapping[str, str]) -> dict[str, Any]:
     """`adapter_config.json`: what PEFT needs, and nothing of what it fills in itself."""
     lora = adapter.config
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
@@ -317,5 +317,5 @@ def _settings(adapter: Adapter, base: ModelDirectory) -> dict[str, Any]:
         "target_modules": sorted(adapter.changes),
         "rank_pattern": dict(lora.rank_pattern),
         "alpha_pattern": dict(lora.alpha_pattern),
-        "modules_to_save": list(lora.modules_to_save) or None,
+        "modules_to_save": sorted({stored[own].rpartition(".")[0] for own in adapter.replaced}) or None,
     }
