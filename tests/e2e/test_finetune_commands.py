@@ -63,6 +63,7 @@ def test_it_generates_merges_and_goes_to_llama_cpp_and_back(adapter, model_path,
     assert "ADAPTER ./adapter.gguf" in (tmp_path / "Modelfile").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_the_same_command_again_does_not_train_what_is_done(adapter, model_path, rows, tmp_path):
     """A run that is over has no checkpoints: the command begins anew, and ends in the same adapter."""
     out = tmp_path / "adapter"
@@ -84,29 +85,22 @@ def test_all_weights_can_learn_from_a_file_too(model_path, rows, tmp_path):
     assert lexmill("chat", tmp_path / "all", text="Hello\n").returncode == 0
 
 
-def test_a_plan_counts_what_learns(model_path, rows):
-    plans = []
-    for more in ((), ("--lora",), ("--lora", "--set", "lora.quantise=q4_1")):
-        options = (
-            "--data",
-            rows,
-            "--steps",
-            10,
-            "--set",
-            "rows=4",
-            "--set",
-            "row_length=64",
-            "--plan",
-            "--json",
-        )
-        done = lexmill("finetune", model_path, *options, *more)
-        assert done.returncode == 0, done.stderr
-        plans.append(json.loads(done.stdout)["finetune"])
-    whole, adapter, quantised = plans
-    assert whole["learning"] == whole["parameters"]["total"] > 4 * adapter["learning"]
-    assert adapter["checkpoint"] < whole["checkpoint"] / 4
-    assert quantised["memory"]["weights"] < adapter["memory"]["weights"]
-    assert adapter["step_flops"] < whole["step_flops"]
+def test_a_plan_writes_nothing(model_path, rows, tmp_path):
+    options = (
+        "--data",
+        rows,
+        "--steps",
+        10,
+        "--out",
+        tmp_path / "out",
+        "--set",
+        "lora.quantise=q4_1",
+        *SMALL,
+    )
+    done = lexmill("finetune", model_path, *options, "--plan")
+    assert done.returncode == 0, done.stderr
+    assert "an adapter; the rest stays" in done.stdout and "measured for 4 rows" in done.stdout
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -114,8 +108,6 @@ def test_a_plan_counts_what_learns(model_path, rows):
     [
         (("--task", "sing"), "'sing' is not a choice"),
         (("--lora", "--set", "lora.targets=['q_pro']"), "Did you mean 'q_proj'"),
-        (("--lora", "--set", "lora.quantise=q3"), "cannot be kept in 'q3'"),
-        (("--set", "lora.rnk=3"), "Did you mean 'rank'"),
         (("--set", "row_length=4096"), "more than the model's context"),
         (("--validation", "nowhere.jsonl"), "nowhere.jsonl"),
     ],

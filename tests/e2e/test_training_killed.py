@@ -75,7 +75,7 @@ def test_a_killed_run_ends_in_the_same_bits(family, tmp_path):
     compare(family, 1, family, tmp_path)
 
 
-@pytest.mark.parametrize("base", ["float32", "q4_1"])
+@pytest.mark.parametrize("base", [pytest.param("float32", marks=pytest.mark.slow), "q4_1"])
 def test_a_killed_adapter_ends_in_the_same_bits(base, tmp_path):
     compare("llama", 1, base, tmp_path, (f"lora={base}", "gradient_checkpointing=true"))
 

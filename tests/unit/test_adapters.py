@@ -27,6 +27,8 @@ from lexmill.model.quantised import QuantisedLinear, build_quantised
 from lexmill.model.stack import Stack
 from lexmill.runtimes.gguf_adapter import export_adapter_gguf, import_adapter, read_adapter_gguf
 from lexmill.runtimes.merge import merge_adapter
+from lexmill.train.config import TrainConfig
+from lexmill.train.optimizers import OptimizerSet
 from lexmill.train.parallel import recompute_blocks
 
 FAMILY_NAMES = list(FAMILIES)
@@ -170,6 +172,23 @@ def test_a_fresh_adapter_changes_nothing_and_alone_learns(family):
     assert all(
         np.array_equal(change.a, again.changes[module].a) for module, change in adapter.changes.items()
     )
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_an_optimiser_holds_state_for_the_adapter_alone(optimizer):
+    model = randomise(build_model(shape_of("llama")))
+    adapter = begin_adapter(model, LoraConfig(rank=4), seed=3)
+    add_adapter(model, adapter)
+    config = TrainConfig(steps=1, optimizer=optimizer)
+    optimizers = OptimizerSet.of_run(model, config, "float32")
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    for _ in range(2):  # A has a gradient once B is not zero
+        loss_of(model).backward()
+        optimizers.step(1.0)
+    moved = {name for name, one in model.named_parameters() if not torch.equal(one, before[name])}
+    assert moved == {name for name, one in model.named_parameters() if one.requires_grad}
+    numbers = sum(value.size for value in optimizers.state().values() if value.ndim)
+    assert numbers == adapter.parameters * (1 if optimizer == "muon" else 2)
 
 
 def test_dropout_is_for_training_only():

@@ -49,7 +49,9 @@ def same(one, other):
         ("family=bert", "sharding=replicate"),
         ("family=t5", "sharding=shard"),
         ("lora=q8_0", "sharding=replicate"),
-        ("lora=float32", "sharding=shard", "gradient_checkpointing=true"),
+        pytest.param(
+            ("lora=float32", "sharding=shard", "gradient_checkpointing=true"), marks=pytest.mark.slow
+        ),
     ],
     ids=" ".join,
 )

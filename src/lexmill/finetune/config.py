@@ -45,7 +45,7 @@ class FinetuneConfig(TrainConfig):
 
     def _chosen(self) -> tuple[str, float]:
         # measured in docs/decisions.md
-        return super()._chosen() if self.lora is None else ("adamw", 5e-4)
+        return super()._chosen() if self.lora is None else ("adamw", 1e-3)
 
     def length(self, model: ModelConfig) -> int:
         """Tokens in a training row.

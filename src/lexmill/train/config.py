@@ -20,7 +20,7 @@ class TrainConfig:
     rows: int = 16  # rows of `context` tokens in a step
     micro_rows: int | None = None  # rows computed at once; all of them when not given
     optimizer: Literal["auto", "muon", "adamw"] = "auto"  # auto: Muon; AdamW for adapters
-    learning_rate: float = 0.0  # of AdamW; 0 chooses: 0.003, for adapters 0.0005
+    learning_rate: float = 0.0  # of AdamW; 0 chooses: 0.003, for adapters 0.001
     matrix_learning_rate: float = 0.02  # of Muon
     weight_decay: float = 0.0
     warmup: int = 10  # steps
