@@ -44,7 +44,7 @@ class Merged:
         """For a reader."""
         types = " and ".join(self.dtypes) or "nothing"
         lines = [
-            f"weights are stored as {types}: rounding took {self.lost:.2%} of the adapter's change "
+            f"weights are stored as {types}: rounding took {100 * self.lost:.2g} % of the adapter's change "
             f"(root mean square; the largest error of a weight is {self.largest_error:.2g})"
         ]
         if self.quantised:
