@@ -38,10 +38,11 @@ def merge(
     'lexmill prepare' wrote the validation split counts; of a file every row.
     """
     begin_computing()
+    from lexmill.inference.language_model import find_model
     from lexmill.model.adapter_files import AdapterDirectory
     from lexmill.runtimes.merge import merge_adapter
 
-    opened = AdapterDirectory.open(adapter, base)
+    opened = AdapterDirectory.open(adapter, find_model(base) if base else None)
     progress = make_progress(quiet or json)
     merged = merge_adapter(opened, out, dtype=dtype, as_trained=as_trained, progress=progress)
     losses: dict[str, float] = {}
