@@ -60,10 +60,10 @@ def adapter_losses(
 
 def _built(directory: ModelDirectory, adapter: Adapter | None, quantise: str) -> Transformer:
     if quantise:
-        model, _ = build_quantised(directory.config, directory.weights(), quantise)
+        model, _ = build_quantised(directory.config, directory.weights_on_demand(), quantise)
     else:
         model = build_model(directory.config)
-        model.load_weights(directory.weights())
+        model.load_weights(directory.weights_on_demand())
     if adapter is not None:
         add_adapter(model, adapter)
     return model.eval()

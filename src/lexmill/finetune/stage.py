@@ -136,12 +136,12 @@ def _build(
     """The model as it learns: all of it, or frozen with an adapter in it."""
     lora = config.lora
     if lora is not None and lora.quantise:
-        model, whole = build_quantised(base.config, base.weights(), lora.quantise)
+        model, whole = build_quantised(base.config, base.weights_on_demand(), lora.quantise)
         if whole:
             progress.say(f"  {len(whole)} layers stay float32: their rows do not divide into blocks")
     else:
         model = build_model(base.config)
-        model.load_weights(base.weights())
+        model.load_weights(base.weights_on_demand())
     if lora is None:
         return model, None
     adapter = begin_adapter(model, lora, config.seed)

@@ -31,10 +31,10 @@ def load_model(directory: ModelDirectory, adapter: Adapter | None = None, quanti
             them; float32 when not given.
     """
     if quantise:
-        model, _ = build_quantised(directory.config, directory.weights(), quantise)
+        model, _ = build_quantised(directory.config, directory.weights_on_demand(), quantise)
     else:
         model = build_model(directory.config)
-        model.load_weights(directory.weights())
+        model.load_weights(directory.weights_on_demand())
     if adapter is not None:
         add_adapter(model, adapter)
     return model.eval()

@@ -120,8 +120,12 @@ class ModelDirectory:
         """How an encoder's tokens become one vector: as its sentence-transformers files say, or "mean"."""
         return read_pooling(self.path) or "mean"
 
-    def weights(self) -> Mapping[str, np.ndarray]:
-        """Every weight as float32, by lexmill's names; read when it is asked for."""
+    def weights(self) -> dict[str, np.ndarray]:
+        """Every weight as float32, by lexmill's names."""
+        return {own: self.weight(own) for own in self._names}
+
+    def weights_on_demand(self) -> Mapping[str, np.ndarray]:
+        """The same, each read when it is asked for and not kept."""
         return _StoredWeights(self, self._names)
 
     @classmethod
