@@ -13,6 +13,7 @@ from lexmill.runtimes.verify_cases import TEXTS, usable_texts
 from lexmill.runtimes.verify_checks import same_ids
 from lexmill.runtimes.verify_report import Check
 from lexmill.runtimes.verify_stress import Stress
+from lexmill.runtimes.verify_wordpiece import LlamaWordPiece
 
 # The largest of 1 - cosine, against lexmill running the file's own weights. Measured on random models of two
 # layers with twice the usual weights: 3e-8 (f32), 4e-8 (f16), 4e-6 (bf16), 3e-5 (q8_0). llama.cpp computes GELU
@@ -36,8 +37,9 @@ def compare_embeddings(
 ) -> Iterator[Check]:
     """Both checks; `model` runs the weights of the file, whose type decides the tolerance."""
     tokenizer = model.tokenizer
-    check = same_ids(name, {text: tokenizer.encode(text) for text in TEXTS}, runtime.tokenize)
-    yield Stress(tokenizer).added_to(check, runtime.tokenize)
+    limit = LlamaWordPiece(tokenizer)
+    check = same_ids(name, {text: tokenizer.encode(text) for text in TEXTS}, runtime.tokenize, limit)
+    yield Stress(tokenizer).added_to(check, runtime.tokenize, limit)
     texts = usable_texts(tokenizer, model.config.context)
     apart, pool = [], POOLING[model.pooling]
     for ids in texts.values():
