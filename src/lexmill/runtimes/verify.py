@@ -240,8 +240,13 @@ def _asked_of_file(
     from lexmill.runtimes.verify_embeddings import compare_embeddings
 
     if own.reference is None:
-        model = own.model if held is None or own.shape != "encoder" else own.with_weights(held.weights)
-        return lambda name, runtime: compare_embeddings(name, runtime, model, type), ""
+        model, rounded = own.model, None
+        if held is not None and own.shape == "encoder":
+            from lexmill.runtimes.verify_rounding import Rounded
+
+            model = own.with_weights(held.weights)
+            rounded = Rounded(model.network, held.types, held.offsets)
+        return lambda name, runtime: compare_embeddings(name, runtime, model, type, rounded), ""
     reference, cost, tolerance = own.reference, "", TOLERANCES.get(type or "")
     if held is not None:
         reference = own.reference.with_weights(*held)
