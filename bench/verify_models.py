@@ -40,31 +40,39 @@ def main() -> None:
         name = path.resolve().name if path.resolve().name != "model" else path.resolve().parent.name
         folder = arguments.keep or Path(tempfile.mkdtemp())
         folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for type in ["transformers", *arguments.types.split(",")]:
-            kept = folder / f"{name}-{type}.json"
-            if not kept.exists():
-                _run(model, type, arguments.tokens, kept)
-            rows.append(_row(json.loads(kept.read_text())))
+        kept = {
+            type: folder / f"{name}-{type}.json" for type in ["transformers", *arguments.types.split(",")]
+        }
+        _run(model, {type: path for type, path in kept.items() if not path.exists()}, arguments.tokens)
+        rows = [_row(json.loads(path.read_text())) for path in kept.values()]
         print(f"\n**{name}** ({model.config.parameters / 1e6:.1f} million weights)\n")
         print("\n".join([_HEAD, "|" + "---|" * 7, *rows]), flush=True)
 
 
-def _run(model: ModelDirectory, type: str, tokens: int, out: Path) -> None:
-    """One type's report; transformers is asked for itself, since it reads the directory."""
+def _run(model: ModelDirectory, missing: dict[str, Path], tokens: int) -> None:
+    """The reports of all that have none, by one call."""
+    if not missing:
+        return
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        files = [] if type == "transformers" else [Path(folder) / f"model-{type}.gguf"]
-        try:
-            for file in files:
-                export_gguf(model, file, type)
-            report = verify(model.path, files, tokens=tokens, transformers=not files).to_json()
-            report["exit_code"] = _exit_code(report["checks"])
-        except LexmillError as error:  # llama.cpp has no form for it
-            report = {"checks": [], "refused": str(error)}
-    report |= {"runtime": type if not files else f"llama.cpp {type}"}
-    out.write_text(json.dumps(report, indent=1))
-    print(f"{out.stem}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        files: list[Path] = []
+        reports: dict[str, dict[str, Any]] = {type: {"runtime": _told(type)} for type in missing}
+        for type in [type for type in missing if type != "transformers"]:
+            try:
+                files.append(export_gguf(model, Path(folder) / f"{type}.gguf", type))
+            except LexmillError as error:  # llama.cpp has no form for it
+                reports[type]["refused"] = str(error)
+        found = verify(model.path, files, tokens=tokens, transformers="transformers" in missing).to_json()
+    for type, report in reports.items():
+        report["checks"] = [check for check in found["checks"] if check["runtime"] == _told(type)]
+        report["exit_code"] = _exit_code(report["checks"])
+        missing[type].write_text(json.dumps(report, indent=1))
+    print(f"{', '.join(missing)}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+
+
+def _told(type: str) -> str:
+    """What `verify` calls a runtime."""
+    return type if type == "transformers" else f"llama.cpp {type}"
 
 
 def _exit_code(checks: list[dict[str, Any]]) -> int:
