@@ -88,8 +88,8 @@ def _row(report: dict[str, Any]) -> str:
     said = (
         f"DIFFERENT: {', '.join(wrong)}" if wrong else f"limit: {', '.join(limited)}" if limited else "equal"
     )
-    if report.get("refused"):
-        said = "refused"
+    if all(check["passed"] is None for check in ids):
+        said = "refused" if report.get("refused") else "only the weights were checked"
     cost = re.search(r"mean KL ([^ ]+) nats", checks.get("weights", {}).get("detail", ""))
     cells = [
         report["runtime"],

@@ -100,7 +100,7 @@ def test_verify_tells_the_limits_and_passes(model, file):
     (tokens,) = [check for check in report.checks if check.limits]
     assert report.exit_code == 0 and report.limited and tokens.check == "tokens" and tokens.figure == 0
     told = " ".join(tokens.limits)
-    assert "not known here" not in told and "llama.cpp's own WordPiece (" in told
+    assert "not known here" not in told and "llama.cpp's own WordPiece, in " in told
     assert "words of over 100 letters" in told and "U+0085" in told
     if model.tokenizer.encode("É") == model.tokenizer.encode("e"):  # accents are stripped
         assert "vowel signs" in told and "◌" in told

@@ -7,19 +7,31 @@ import numpy as np
 import pytest
 import torch
 import typer
+from conftest import randomise
 from rich.console import Console
 from torch import nn
 
 from lexmill.cli import verify as command
 from lexmill.formats.blocks import BLOCK_TYPES, encode
 from lexmill.formats.gguf import GGUFFile
+from lexmill.model.build import build_model
+from lexmill.model.config import ModelConfig
+from lexmill.model.directory import write_model_directory
 from lexmill.recipe.report_checks import check_row, overall_verdict
 from lexmill.runtimes import verify
 from lexmill.runtimes.llama_cpp import export_gguf, file_offsets, file_types, file_weights
 from lexmill.runtimes.verify_checks import Comparison
 from lexmill.runtimes.verify_report import Check, VerifyReport
 from lexmill.runtimes.verify_rounding import ROUNDING, Rounded
-from lexmill.runtimes.verify_tolerances import Noise, gap_moves, tolerance_of
+from lexmill.runtimes.verify_tolerances import Noise, exact_tolerance, gap_moves, tolerance_of
+
+
+@pytest.fixture
+def model(tmp_path, tokenizer):
+    shape = dict(vocab_size=512, width=64, layers=2, heads=4, kv_heads=2, head_width=16, mlp_width=96)
+    config = ModelConfig(**shape, context=64)
+    weights = randomise(build_model(config)).weights()
+    return write_model_directory(tmp_path / "model", config, weights, tokenizer)
 
 
 def numbers(*shape, seed=0):
@@ -85,6 +97,8 @@ def test_the_tolerance_follows_the_noise_up_to_a_cap():
     assert tolerance.tie == pytest.approx(0.15) and tolerance.rounded_tie < tolerance.tie
     assert tolerance_of(loud).logits == tolerance_of(loud).rounding == 0.1
     assert 0 < tolerance_of(Noise(0, 0, 0, 0)).logits < 1e-6
+    assert exact_tolerance(1e-6).logits == 1e-4 and exact_tolerance(1e-4).tie == pytest.approx(4e-4)
+    assert exact_tolerance(1.0).logits == 1e-2
     ours, theirs = np.zeros((200, 2)), np.zeros((200, 2))
     theirs[:100, 0] = 0.5
     assert gap_moves(ours, theirs) == 0.5

@@ -38,7 +38,7 @@ from lexmill.runtimes.verify_checks import (
     compare_ids,
 )
 from lexmill.runtimes.verify_report import Check, Diagnosis, VerifyReport
-from lexmill.runtimes.verify_tolerances import TOLERANCES, mean_divergence, tolerance_of
+from lexmill.runtimes.verify_tolerances import TOLERANCES, exact_tolerance, mean_divergence, tolerance_of
 from lexmill.runtimes.verify_transformers import open_transformers
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class _Own:
             return EncoderDecoderComparison(name, runtime, self.model, self.read, self.tokens).all()
         if self.reference is None:
             return compare_ids(name, runtime, self.model)
-        return Comparison(name, runtime, self.reference, TOLERANCES["transformers"]).all()
+        return Comparison(name, runtime, self.reference, exact_tolerance(self.reference.spread)).all()
 
     def asked_of_ollama(self, told: str, name: str, server: OllamaServer) -> Iterator[Check]:
         """The checks of a model in a running Ollama; `told` is its name there."""
@@ -248,6 +248,8 @@ def _asked_of_file(
             rounded = Rounded(model.network, held.types, held.offsets)
         return lambda name, runtime: compare_embeddings(name, runtime, model, type, rounded), ""
     reference, cost, tolerance = own.reference, "", TOLERANCES.get(type or "")
+    if type == "f32":
+        tolerance = exact_tolerance(reference.spread)
     if held is not None:
         reference = own.reference.with_weights(*held)
         divergence = mean_divergence(own.reference.logprobs, reference.logprobs)

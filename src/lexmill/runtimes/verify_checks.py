@@ -103,8 +103,9 @@ class Comparison:
         check = counted(
             self.name,
             "stop tokens",
-            ((token, token in ends, answers[token] and token not in limits) for token in asked),
+            ((token, token in ends, answers[token]) for token in asked if token not in limits),
             "ids",
+            len(limits),
         )
         return replace(check, limits=tuple(limits.values()))
 
@@ -240,7 +241,7 @@ class Limit(Protocol):
     """What a runtime is known to do otherwise with texts, whatever a file says."""
 
     def encode(self, text: str) -> list[int]: ...
-    def reasons(self, texts: Iterable[str]) -> tuple[str, ...]: ...
+    def reasons(self, texts: Iterable[str], among: str) -> tuple[str, ...]: ...
 
 
 def same_ids(
@@ -256,12 +257,12 @@ def same_ids(
     check = counted(
         runtime,
         "tokens",
-        ((text, ids, ids if text in limited else answers[text]) for text, ids in expected.items()),
+        ((text, ids, answers[text]) for text, ids in expected.items() if text not in limited),
         "texts",
+        len(limited),
     )
     if limit is not None and limited:
-        detail = f"{check.detail}, {len(limited)} of them by the runtime's own rules"
-        check = replace(check, detail=detail, limits=limit.reasons(limited))
+        check = replace(check, limits=limit.reasons(limited, f"{len(expected)} texts"))
     elif wrong and not any(unicodedata.is_normalized("NFC", text) for text in wrong):
         # transformers 5 reads every model of the type "qwen2" with a class that adds NFC, whatever
         # tokenizer.json says; llama.cpp never normalises.

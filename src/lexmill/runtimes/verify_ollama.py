@@ -258,9 +258,9 @@ def _compare_vectors(
     foretold = [limit.encode(text) for text in texts]
     rows = list(zip(texts.items(), counts, foretold, strict=True))
     limited = [text for (text, ids), count, other in rows if count != len(ids) and count == len(other)]
-    cases = ((text, len(ids), len(ids) if text in limited else count) for (text, ids), count, _ in rows)
-    check = counted(name, "tokens", cases, "counts of texts")
-    yield replace(check, limits=limit.reasons(limited)) if limited else check
+    cases = ((text, len(ids), count) for (text, ids), count, _ in rows if text not in limited)
+    check = counted(name, "tokens", cases, "counts of texts", len(limited))
+    yield replace(check, limits=limit.reasons(limited, f"{len(texts)} texts"))
     # a text that is divided otherwise has another vector; `tokens` says so
     same = [at for at, ((_, ids), count, other) in enumerate(rows) if count == len(ids) and other == ids]
     if not same:

@@ -36,6 +36,7 @@ class Reference:
         positions: texts as ids; the log-probabilities of what follows each are compared.
         logprobs: (positions, vocabulary), lexmill's.
         rounded_logprobs: the same with each product's activations rounded; None where nothing rounds.
+        spread: the greatest change of a log-probability when the inputs of products move by their last bit.
         noise: what that rounding costs, by lexmill's own account; None where nothing rounds.
         greedy: (ids, limit, continuation) of each prompt.
         length: of the continuations, in tokens, where the context has room.
@@ -67,6 +68,8 @@ class Reference:
         self._texts = [(len(ids), ids + answer) for ids, _, answer in self.greedy]
         self.positions = [ids[:end] for begin, ids in self._texts for end in _ends(begin, ids)]
         self.logprobs = self._answers().logprobs
+        shaken = self._answers(Rounded(model.network, {}, {}, shaken=True)).logprobs
+        self.spread = float(np.abs(self.logprobs - shaken).max())
 
     def with_weights(
         self,

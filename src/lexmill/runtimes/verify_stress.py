@@ -119,8 +119,13 @@ class Stress:
             texts = [text for group in self._groups for text in group]
             owns = self._tokenizer.encode_batch(texts)
             other = [text for text, own in zip(texts, owns, strict=True) if limit.encode(text) != own]
-            detail += f", {limited} ({len(other)} of the texts) by the runtime's own rules only"
-            check = replace(check, limits=tuple(dict.fromkeys([*check.limits, *limit.reasons(other)])))
+            detail += f", {limited} ({len(other)} of the texts) are other by the runtime's own rules only"
+            check = replace(
+                check,
+                limits=tuple(
+                    dict.fromkeys([*check.limits, *limit.reasons(other, f"{total:,} generated texts")])
+                ),
+            )
         figure = (check.figure or 0) + wrong
         return replace(check, passed=check.passed is not False and not wrong, figure=figure, detail=detail)
 

@@ -89,8 +89,12 @@ class LlamaWordPiece:
                     words[-1] += written
         return [word for word in words if word]
 
-    def reasons(self, texts: Iterable[str]) -> tuple[str, ...]:
-        """Why these texts are divided otherwise: a sentence a rule, with how many texts, and some of the characters."""
+    def reasons(self, texts: Iterable[str], among: str) -> tuple[str, ...]:
+        """Why these texts are divided otherwise: a sentence a rule, with how many texts, and some of the characters.
+
+        Args:
+            among: of how many texts these are some, and of what kind: "45 texts".
+        """
         counts: dict[str, int] = {}
         letters: dict[str, dict[str, None]] = {}
         for text in texts:
@@ -101,7 +105,7 @@ class LlamaWordPiece:
                 counts[rule] = counts.get(rule, 0) + 1
                 letters.setdefault(rule, {})[letter] = None
         return tuple(
-            f"llama.cpp's own WordPiece ({count} {'text' if count == 1 else 'texts'}): {rule}{_named(letters[rule])}"
+            f"llama.cpp's own WordPiece, in {count} of {among}: {rule}{_named(letters[rule])}"
             for rule, count in counts.items()
         )
 
