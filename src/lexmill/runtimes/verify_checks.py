@@ -134,6 +134,8 @@ class Comparison:
                 f"; within lexmill, rounding activations to {self.reference.rounding} costs {noise.cost:.2g}, "
                 "and twice that is allowed"
             )
+        elif self.tolerance.kind == "max":
+            detail += f"; within lexmill, the last bit of inputs changes {self.reference.spread:.2g}"
         if not passed:
             detail += self._first_apart()
         return Check(self.name, "logits", passed, figure, self.tolerance.logits, detail)
