@@ -97,7 +97,7 @@ def test_the_tolerance_follows_the_noise_up_to_a_cap():
     assert tolerance.tie == pytest.approx(0.15) and tolerance.rounded_tie < tolerance.tie
     assert tolerance_of(loud).logits == tolerance_of(loud).rounding == 0.1
     assert 0 < tolerance_of(Noise(0, 0, 0, 0)).logits < 1e-6
-    assert exact_tolerance(1e-6).logits == 1e-4 and exact_tolerance(1e-4).tie == pytest.approx(4e-4)
+    assert exact_tolerance(1e-6).logits == 1e-4 and exact_tolerance(1e-4).tie == pytest.approx(1.2e-3)
     assert exact_tolerance(1.0).logits == 1e-2
     ours, theirs = np.zeros((200, 2)), np.zeros((200, 2))
     theirs[:100, 0] = 0.5

@@ -214,7 +214,7 @@ class Comparison:
         """Follow the runtime's own continuation: lexmill's gap at each token, and whether it may be there.
 
         A token that is not lexmill's first choice may stand where the gap is within `tie`, within twice
-        the runtime's error at that position, and, where the runtime rounds activations, within
+        the runtime's error at that position (and `again`), and, where the runtime rounds activations, within
         `rounded_tie` for lexmill that rounds them too.
         """
         reference = self.reference
@@ -227,7 +227,7 @@ class Comparison:
             ours, theirs = reference.row(before), self.runtime.logprobs([before], reference.vocabulary)[0]
             chosen = [answer[at]] if at < len(answer) else list(reference.tokenizer.ids.stop)
             looked_at = [*np.argsort(-ours)[:_PROBABLE], *chosen]
-            fine[at] = gaps[at] <= 2 * np.abs(ours - theirs)[looked_at].max()
+            fine[at] = gaps[at] <= 2 * np.abs(ours - theirs)[looked_at].max() + tolerance.again
         return gaps, fine
 
 

@@ -18,6 +18,8 @@ class Tolerance:
             places in greedy generation; never more than twice the error at that very position.
         rounding: as `logits`, against lexmill with activations rounded as the runtime rounds them.
         rounded_tie: as `tie`, by lexmill with activations so rounded.
+        again: how much a gap may move between two answers of the runtime to the same question, asked as one
+            prompt and token by token.
     """
 
     logits: float
@@ -25,9 +27,10 @@ class Tolerance:
     tie: float
     rounding: float = 0.0
     rounded_tie: float = 0.0
+    again: float = 0.0
 
 
-# Both sides compute in float32. Measured, greatest differences: 2.1e-5 in 4 layers, 9.3e-5 in 30; `exact_tolerance`.
+# Both sides compute in float32. Measured, greatest differences: 2.1e-5 in 4 layers, 3.1e-4 in 30; `exact_tolerance`.
 # The others are for files that do not hold the model, on which no noise can be measured.
 TOLERANCES = {
     "transformers": Tolerance(1e-4, "max", 1e-4),
@@ -69,16 +72,20 @@ def tolerance_of(noise: Noise) -> Tolerance:
         tie=max(1.5 * noise.gap, 1e-4),
         rounding=min(noise.cost / 3 + 2 * noise.spread + _FLOAT32, _MOST),
         rounded_tie=max(1.5 * (noise.gap / 3 + noise.spread_gap), 1e-4),
+        again=1.5 * noise.spread_gap,
     )
 
 
 def exact_tolerance(spread: float) -> Tolerance:
-    """What a runtime that computes in float32 is allowed: four times what the last bit of inputs changes, or 1e-4.
+    """What a runtime that computes in float32 is allowed: twelve times what the last bit of inputs changes, or 1e-4.
+
+    On SmolLM2 transformers was at 1.8 times that and llama.cpp, whose exponentials and angles have more than one
+    bit of error, at 6 times.
 
     Args:
         spread: the greatest change of a log-probability, within lexmill.
     """
-    allowed = min(max(TOLERANCES["f32"].logits, 4 * spread), 1e-2)
+    allowed = min(max(TOLERANCES["f32"].logits, 12 * spread), 1e-2)
     return Tolerance(allowed, "max", allowed)
 
 
