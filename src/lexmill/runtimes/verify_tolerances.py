@@ -62,7 +62,7 @@ class Noise:
 def tolerance_of(noise: Noise) -> Tolerance:
     """What a runtime that rounds activations is allowed on one model and file.
 
-    Its divergence from lexmill was 0.84 to 1.03 times what the same rounding costs within lexmill (docs/decisions.md: 5
+    Its divergence from lexmill was 0.84 to 1.16 times what the same rounding costs within lexmill (docs/decisions.md: 5
     models of 2 to 30 layers); it may be twice that. From lexmill that rounds too it was at most half as far as a third of the
     cost plus twice the spread. Ties likewise.
     """
