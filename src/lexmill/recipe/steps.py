@@ -260,6 +260,9 @@ def _verify(place: Place) -> dict[str, Any]:
     return {
         "equal": verdicts.count(True),
         "of these up to ties": sum(1 for check in report.checks if check.passed and check.ties),
+        "of these up to limits of a runtime": sum(
+            1 for check in report.checks if check.passed and check.limits
+        ),
         "different": verdicts.count(False),
         "not checked": verdicts.count(None),
     }

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import numpy as np
 from lexmill.errors import LexmillError, MissingPackageError
 from lexmill.files import require_file
 from lexmill.formats.gguf import GGUFFile
+from lexmill.runtimes.gguf_vocabulary import END_TEXTS, MIDDLE_TEXTS, fills_in_the_middle
 
 _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from {module} import child; child()"
 
@@ -179,6 +180,11 @@ class LlamaCpp:
         with GGUFFile.open(self.path) as file:
             values = {key: value for key, value in file.metadata.items() if key.endswith("_token_id")}
         return [value for key, value in values.items() if key.startswith("tokenizer.ggml.")]
+
+    def fixed_ends(self, texts: Collection[str]) -> frozenset[str]:
+        """The texts of tokens that end generation whatever a file says, in a vocabulary of `texts`."""
+        middle = [text for known in MIDDLE_TEXTS.values() for text in known]
+        return END_TEXTS.union(middle if fills_in_the_middle(texts) else ())
 
     def logprobs(self, prompts: Sequence[Sequence[int]], vocabulary: int) -> np.ndarray:
         """The log-probabilities of every next token after each prompt.
