@@ -13,7 +13,8 @@ from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.names import WeightName, weight_names
 
-_POOLING = {"mean": 1, "cls": 2, "last": 3}
+POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}  # llama.h, enum llama_pooling_type
+_WRITTEN_POOLING = ("mean", "cls", "last")  # ways to make one vector of a text
 _OUTPUT = "output.weight"
 ACTIVATION_KEY = "lexmill.activation"  # llama.cpp has one compiled in, and GGUF no key for it
 
@@ -57,8 +58,8 @@ def shape_metadata(config: ModelConfig, pooling: str = "mean") -> dict[str, Valu
     Raises:
         ModelError: llama.cpp does not pool like that.
     """
-    if pooling not in _POOLING:
-        raise ModelError(f"llama.cpp has no pooling '{pooling}'.", f"It has {', '.join(_POOLING)}.")
+    if pooling not in _WRITTEN_POOLING:
+        raise ModelError(f"llama.cpp has no pooling '{pooling}'.", f"It has {', '.join(_WRITTEN_POOLING)}.")
     shape = {
         "context_length": u32(config.context),
         "embedding_length": u32(config.width),
@@ -71,7 +72,7 @@ def shape_metadata(config: ModelConfig, pooling: str = "mean") -> dict[str, Valu
         shape |= {
             "attention.layer_norm_epsilon": f32(config.norm_eps),
             "attention.causal": boolean(False),
-            "pooling_type": u32(_POOLING[pooling]),
+            "pooling_type": u32(POOLING[pooling]),
         }
     else:
         shape |= {

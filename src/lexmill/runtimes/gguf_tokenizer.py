@@ -15,11 +15,16 @@ from lexmill.formats.gguf import Value, array, boolean, string, u32
 from lexmill.runtimes.gguf_encoder_tokenizers import unigram_metadata, wordpiece_metadata
 from lexmill.runtimes.gguf_pre_tokenizers import name_of, spelled
 from lexmill.runtimes.gguf_sentencepiece import is_sentencepiece_bpe, sentencepiece_metadata
-from lexmill.runtimes.gguf_vocabulary import END_TEXTS
+from lexmill.runtimes.gguf_vocabulary import (
+    CONTROL,
+    END_TEXTS,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    refuse_problems,
+)
 from lexmill.tokenizer.special import END_OF_TURN
 from lexmill.tokenizer.tokenizer import Tokenizer
-
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str, Value]:
@@ -117,16 +122,16 @@ def _tokens(
     tokenizer: Tokenizer, values: Mapping[str, Any], rows: int, where: str
 ) -> tuple[list[str], list[int]]:
     texts = [f"[PAD{token}]" for token in range(rows)]
-    types = [_UNUSED] * rows
+    types = [UNUSED] * rows
     for text, token in tokenizer.vocabulary.items():
-        texts[token], types[token] = text, _NORMAL
+        texts[token], types[token] = text, NORMAL
     for added in values.get("added_tokens") or []:
         if any(added.get(key) for key in ("lstrip", "rstrip", "single_word")):
             raise ModelError(
                 f"{where}: the added token {added['content']!r} swallows its surroundings (lstrip, rstrip or "
                 "single_word); llama.cpp cannot do that."
             )
-        types[added["id"]] = _CONTROL if added.get("special") else _USER_DEFINED
+        types[added["id"]] = CONTROL if added.get("special") else USER_DEFINED
     if len(set(texts)) != rows:  # llama.cpp aborts on such a file
         twice = next(text for text in texts if texts.count(text) > 1)
         raise ModelError(f"{where}: two tokens have the text {twice!r}; llama.cpp needs them all to differ.")
@@ -155,13 +160,7 @@ def _check_form(values: Mapping[str, Any], where: str) -> str:
         "a normalizer": normalizer is not None and normalizer.get("type") != "NFC",
         "a decoder that is not byte-level": (values.get("decoder") or {}).get("type") != "ByteLevel",
     }
-    for problem, present in problems.items():
-        if present:
-            raise ModelError(
-                f"{where}: the tokenizer has {problem}, which llama.cpp would not "
-                "apply as tokenizer.json does.",
-                "Byte-level BPE without a normalizer, WordPiece and unigram can be exported to GGUF.",
-            )
+    refuse_problems(where, problems)
     steps, whole_words = spelled(values.get("pre_tokenizer")), bool(model.get("ignore_merges"))
     name = name_of(steps, whole_words)
     if name is None:

@@ -15,10 +15,9 @@ import numpy as np
 from lexmill.errors import ConfigError, FormatError, ModelError
 from lexmill.formats.gguf import GGUFFile
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
-from lexmill.runtimes.gguf_shapes import ACTIVATION_KEY
+from lexmill.runtimes.gguf_shapes import ACTIVATION_KEY, POOLING
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "bert", "t5")
-POOLING = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 _HINT = "Take the model's Hugging Face directory, or another model."
 _DECODERS = ("llama", "qwen2", "qwen3")
 
@@ -210,7 +209,8 @@ def pooling_of(file: GGUFFile) -> str:
     """
     family = file.metadata.get("general.architecture")
     code = file.metadata.get(f"{family}.pooling_type", 1)
-    name = POOLING.get(code) if isinstance(code, int) else None
+    names = {number: name for name, number in POOLING.items()}
+    name = names.get(code) if isinstance(code, int) else None
     if name in (None, "rank"):
         raise ModelError(f"{file.path}: pooling of the kind {str(code)[:20]} is not supported.", _HINT)
     return name if name in ("cls", "last") else "mean"
