@@ -9,6 +9,7 @@ import gguf_samples as samples
 import numpy as np
 import pytest
 from conftest import lexmill, randomise
+from made_models import model_maker
 from test_import_tokenizers import check_round_trip, differences
 
 from lexmill.errors import FileError, FormatError, LexmillError, ModelError
@@ -22,7 +23,6 @@ from lexmill.runtimes.huggingface import export_huggingface
 from lexmill.runtimes.import_model import import_model
 from lexmill.runtimes.llama_cpp import LlamaCpp, export_gguf
 from lexmill.runtimes.verify import verify
-from lexmill.tokenizer.training import TokenizerConfig, train_tokenizer
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
@@ -44,21 +44,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, prose):
-    folder, made, tokenizers = tmp_path_factory.mktemp("models"), {}, {}
-
-    def get(name):
-        kind, flags = MODELS[name]
-        if kind not in tokenizers:
-            options = {"unigram": {"sentinels": 10}, "wordpiece": {"lowercase": True}}.get(kind, {})
-            config = TokenizerConfig(kind=kind, vocab_size=500, **options)
-            tokenizers[kind] = train_tokenizer([prose[:60_000]], config)
-        if name not in made:
-            config = ModelConfig(**{**SHAPE, **flags})
-            weights = randomise(build_model(config)).weights()
-            made[name] = write_model_directory(folder / name, config, weights, tokenizers[kind])
-        return made[name]
-
-    return get
+    return model_maker(tmp_path_factory.mktemp("models"), prose, SHAPE, MODELS)
 
 
 def check_weights_are_gguf_s(path, model):

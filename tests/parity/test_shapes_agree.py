@@ -8,21 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import lexmill, randomise
+from conftest import lexmill
+from made_models import model_maker
 
 from lexmill.errors import ModelError
 from lexmill.formats.gguf import GGUFFile, u32
 from lexmill.inference.language_model import load
 from lexmill.inference.sampling import log_softmax
-from lexmill.model.build import build_model
-from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
+from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS
 from lexmill.model.directory import ModelDirectory, write_model_directory
 from lexmill.runtimes import llama_cpp
 from lexmill.runtimes.gguf_shapes import held_weights
 from lexmill.runtimes.huggingface import export_huggingface
 from lexmill.runtimes.llama_cpp import FILE_TYPES, export_gguf
 from lexmill.runtimes.verify import verify
-from lexmill.tokenizer.training import TokenizerConfig, train_tokenizer
 
 pytest.importorskip("transformers")
 
@@ -58,19 +57,17 @@ CHECKS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, prose):
-    folder, made, tokenizers = tmp_path_factory.mktemp("models"), {}, {}
+    """Exported, so that the files are those which a user gets."""
+    folder, made = tmp_path_factory.mktemp("models"), {}
+    kinds = {
+        name: (kind, {**FAMILIES[family], **FAMILY_DEFAULTS[family], **flags})
+        for name, (family, kind, flags) in MODELS.items()
+    }
+    own = model_maker(folder / "own", prose, SHAPE, kinds)
 
     def get(name):
-        family, kind, flags = MODELS[name]
-        if kind not in tokenizers:
-            options = {"sentinels": 10} if kind == "unigram" else {"lowercase": True}
-            settings = TokenizerConfig(kind=kind, vocab_size=500, **options)
-            tokenizers[kind] = train_tokenizer([prose[:60_000]], settings)
         if name not in made:
-            config = ModelConfig(**{**SHAPE, **FAMILIES[family], **FAMILY_DEFAULTS[family], **flags})
-            weights = randomise(build_model(config)).weights()
-            model = write_model_directory(folder / "own" / name, config, weights, tokenizers[kind])
-            made[name] = ModelDirectory.open(export_huggingface(model, folder / name))
+            made[name] = ModelDirectory.open(export_huggingface(own(name), folder / name))
         return made[name]
 
     return get
