@@ -18,7 +18,7 @@ from lexmill.inference.language_model import load
 from lexmill.model.build import build_model
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
-from lexmill.runtimes.gguf_shapes import held_weights, weight_in_gguf
+from lexmill.runtimes.gguf_shapes import held_tensors
 from lexmill.runtimes.huggingface import export_huggingface
 from lexmill.runtimes.import_model import import_model
 from lexmill.runtimes.llama_cpp import LlamaCpp, export_gguf
@@ -50,11 +50,11 @@ def models(tmp_path_factory, prose):
 def check_weights_are_gguf_s(path, model):
     """Every weight is, bit for bit, what the `gguf` package makes of the file."""
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for name in held_weights(model.config):
-        tensor = tensors.pop(name.gguf)
+    for held in held_tensors(model.config):
+        tensor = tensors.pop(held.name)
         theirs = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(-1)
         np.testing.assert_array_equal(
-            weight_in_gguf(model, name).reshape(-1).view(np.uint32), theirs.view(np.uint32), name.gguf
+            held.made_of(model).reshape(-1).view(np.uint32), theirs.view(np.uint32), held.name
         )
     assert not tensors
 

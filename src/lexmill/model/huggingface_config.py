@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from lexmill.errors import ConfigError, ModelError
@@ -269,11 +269,18 @@ def _layer_pattern(reader: _Values, layers: int) -> tuple[int, int]:
         local = [kind == "sliding_attention" for kind in types]
         if not any(local):
             return 3, 0
-        following = [index for index, small in enumerate(local) if not small and index]
-        every = following[0] if following else layers
-        if local != [bool(index % every) for index in range(layers)]:
+        found = global_period(local)
+        if found is None:
             raise ModelError(f"{reader.where}: this order of local and global layers is not supported.")
+        every = found
     return every, window
+
+
+def global_period(local: Sequence[bool]) -> int | None:
+    """Every how many layers, from the first, one is not local; None where they keep no such order."""
+    following = [index for index, small in enumerate(local) if not small and index]
+    every = following[0] if following else max(len(local), 1)
+    return every if list(local) == [bool(index % every) for index in range(len(local))] else None
 
 
 def _write_modernbert(config: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""WordPiece and unigram tokenizers as GGUF metadata: what llama.cpp calls "bert" and "t5"."""
+"""WordPiece and unigram tokenizers as GGUF metadata: what llama.cpp calls "bert" and "t5"; and [CLS] text [SEP]."""
 
 from __future__ import annotations
 
@@ -67,19 +67,27 @@ def wordpiece_metadata(
         raise ModelError(
             f"{where}: in llama.cpp's spelling of WordPiece two tokens, or none, would be {twice!r}.", _HINT
         )
-    optional = {"padding": ids.pad, "mask": ids.mask}
     return {
         "tokenizer.ggml.model": string("bert"),
         "tokenizer.ggml.tokens": array("string", written),
         "tokenizer.ggml.token_type": array("i32", list(types)),
         "tokenizer.ggml.normalizer.lowercase": boolean(lowercase),
         "tokenizer.ggml.normalizer.strip_accents": boolean(lowercase if strip is None else bool(strip)),
+        **frame_metadata(tokenizer),
+    }
+
+
+def frame_metadata(tokenizer: Tokenizer) -> dict[str, Value]:
+    """The ids of an encoder's tokenizer, and that it puts [CLS] before each text and [SEP] behind it."""
+    ids = tokenizer.ids
+    cls, sep = tokenizer.require_separators()
+    optional = {"unknown": ids.unk, "padding": ids.pad, "mask": ids.mask}
+    return {
         # [CLS] is what llama.cpp calls BOS; a pair is [CLS] A [SEP] B [SEP] only with these three flags
         "tokenizer.ggml.bos_token_id": u32(cls),
         "tokenizer.ggml.eos_token_id": u32(sep),
         "tokenizer.ggml.cls_token_id": u32(cls),
         "tokenizer.ggml.seperator_token_id": u32(sep),  # the real key is misspelt
-        "tokenizer.ggml.unknown_token_id": u32(ids.unk or 0),
         "tokenizer.ggml.add_bos_token": boolean(True),
         "tokenizer.ggml.add_eos_token": boolean(True),
         "tokenizer.ggml.add_sep_token": boolean(False),

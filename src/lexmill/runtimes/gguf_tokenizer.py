@@ -7,12 +7,13 @@ is one of those can be exported. Keys: llama.cpp, src/llama-vocab.cpp.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from lexmill.errors import ModelError
 from lexmill.formats.gguf import Value, array, boolean, string, u32
-from lexmill.runtimes.gguf_encoder_tokenizers import unigram_metadata, wordpiece_metadata
+from lexmill.runtimes.gguf_encoder_tokenizers import frame_metadata, unigram_metadata, wordpiece_metadata
 from lexmill.runtimes.gguf_pre_tokenizers import name_of, spelled
 from lexmill.runtimes.gguf_sentencepiece import is_sentencepiece_bpe, sentencepiece_metadata
 from lexmill.runtimes.gguf_vocabulary import (
@@ -25,6 +26,9 @@ from lexmill.runtimes.gguf_vocabulary import (
 )
 from lexmill.tokenizer.special import END_OF_TURN
 from lexmill.tokenizer.tokenizer import Tokenizer
+
+# In a model with this in its name llama.cpp lets this mask swallow the spaces before it (src/llama-vocab.cpp).
+MASK_TAKES_SPACES, MASK = "modern-bert", "[MASK]"
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str, Value]:
@@ -44,6 +48,8 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str,
         return make(tokenizer, values, *_tokens(tokenizer, values, rows, where), where)
     pre = "" if is_sentencepiece_bpe(values) else _check_form(values, where)
     texts, types = _tokens(tokenizer, values, rows, where)
+    if pre and _is_framed(tokenizer):
+        return _byte_bpe(pre, values, texts, types, where) | frame_metadata(tokenizer)
     ids = tokenizer.ids
     end = ids.eos if ids.eos is not None else next(iter(ids.stop), None)
     if end is None:
@@ -52,15 +58,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str,
             "Set 'eos_token' in tokenizer_config.json.",
         )
     if pre:
-        vocabulary = {
-            "tokenizer.ggml.model": string("gpt2"),
-            "tokenizer.ggml.pre": string(pre),
-            "tokenizer.ggml.tokens": array("string", texts),
-            "tokenizer.ggml.token_type": array("i32", types),
-            "tokenizer.ggml.merges": array(
-                "string", [_merge_text(pair, where) for pair in values["model"]["merges"]]
-            ),
-        }
+        vocabulary = _byte_bpe(pre, values, texts, types, where)
     else:
         vocabulary = sentencepiece_metadata(values, texts, types, where)
     metadata = vocabulary | {
@@ -79,6 +77,45 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str,
     if tokenizer.chat_template:
         metadata["tokenizer.chat_template"] = string(tokenizer.chat_template)
     return metadata
+
+
+def _byte_bpe(
+    pre: str, values: Mapping[str, Any], texts: list[str], types: list[int], where: str
+) -> dict[str, Value]:
+    merges = [_merge_text(pair, where) for pair in values["model"]["merges"]]
+    return {
+        "tokenizer.ggml.model": string("gpt2"),
+        "tokenizer.ggml.pre": string(pre),
+        "tokenizer.ggml.tokens": array("string", texts),
+        "tokenizer.ggml.token_type": array("i32", types),
+        "tokenizer.ggml.merges": array("string", merges),
+    }
+
+
+def _is_framed(tokenizer: Tokenizer) -> bool:
+    """Whether each text stands between [CLS] and [SEP], as encoders have it."""
+    ids = tokenizer.ids
+    return None not in (ids.cls, ids.sep) and tokenizer.encode("") == [ids.cls, ids.sep]
+
+
+def model_name(name: str, tokenizer: Tokenizer) -> str:
+    """A model's name as a file says it: llama.cpp lets it depend on the name whether the mask takes spaces."""
+    mask = tokenizer.ids.mask
+    if mask is None or tokenizer.kind == "wordpiece":  # to which spaces mean nothing
+        return name
+    takes = any(_takes_spaces(token, mask) for token in json.loads(tokenizer.json).get("added_tokens") or [])
+    if takes == (MASK_TAKES_SPACES in name.lower()):
+        return name
+    return (
+        f"{name} ({MASK_TAKES_SPACES})"
+        if takes
+        else re.sub(MASK_TAKES_SPACES, "modernbert", name, flags=re.I)
+    )
+
+
+def _takes_spaces(token: Mapping[str, Any], mask: int | None) -> bool:
+    others = token.get("rstrip") or token.get("single_word")
+    return (token["id"], token["content"]) == (mask, MASK) and bool(token.get("lstrip")) and not others
 
 
 def adds_bos(tokenizer: Tokenizer, where: str) -> bool:
@@ -126,7 +163,8 @@ def _tokens(
     for text, token in tokenizer.vocabulary.items():
         texts[token], types[token] = text, NORMAL
     for added in values.get("added_tokens") or []:
-        if any(added.get(key) for key in ("lstrip", "rstrip", "single_word")):
+        swallows = any(added.get(key) for key in ("lstrip", "rstrip", "single_word"))
+        if swallows and not _takes_spaces(added, tokenizer.ids.mask):
             raise ModelError(
                 f"{where}: the added token {added['content']!r} swallows its surroundings (lstrip, rstrip or "
                 "single_word); llama.cpp cannot do that."

@@ -15,9 +15,14 @@ import numpy as np
 from lexmill.errors import ConfigError, FormatError, ModelError
 from lexmill.formats.gguf import GGUFFile
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
+from lexmill.model.huggingface_config import global_period
 from lexmill.runtimes.gguf_shapes import ACTIVATION_KEY, POOLING
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "bert", "t5")
+# llama.cpp's name of each family.
+ARCHITECTURES = {
+    **{name: name for name in ("llama", "qwen2", "qwen3", "bert", "t5")},
+    "modern-bert": "modernbert",
+}
 _HINT = "Take the model's Hugging Face directory, or another model."
 _DECODERS = ("llama", "qwen2", "qwen3")
 
@@ -62,6 +67,14 @@ _READ = (
 )
 _OWN = {
     "bert": ("pooling_type", "attention.causal"),
+    "modern-bert": (
+        "pooling_type",
+        "attention.causal",
+        "attention.sliding_window",
+        "attention.sliding_window_pattern",
+        "rope.freq_base_swa",
+        "hidden_activation",
+    ),
     "t5": ("attention.relative_buckets_count", "decoder_block_count", "decoder_start_token_id"),
 }
 _OWN_TENSORS = {"rope_freqs.weight": "rotary positions scaled as in Llama 3.1"}
@@ -70,19 +83,19 @@ _OWN_TENSORS = {"rope_freqs.weight": "rotary positions scaled as in Llama 3.1"}
 class _Keys:
     """Reads the settings of one architecture and complains by their names."""
 
-    def __init__(self, file: GGUFFile, family: str) -> None:
-        self.values, self.family, self.where = file.metadata, family, str(file.path)
+    def __init__(self, file: GGUFFile, prefix: str) -> None:
+        self.values, self.prefix, self.where = file.metadata, prefix, str(file.path)
         self.tensors = len(file.tensors)
 
     def find(self, name: str) -> Any:
-        return self.values.get(f"{self.family}.{name}")
+        return self.values.get(f"{self.prefix}.{name}")
 
     def whole(self, name: str, default: int | None = None) -> int:
         value = self.find(name)
         if isinstance(value, np.ndarray):  # one number a layer; all the same in the shapes known here
             distinct = set(value.tolist())
             if len(distinct) != 1:
-                raise ModelError(f"{self.where}: '{self.family}.{name}' differs from layer to layer.", _HINT)
+                raise ModelError(f"{self.where}: '{self.prefix}.{name}' differs from layer to layer.", _HINT)
             value = distinct.pop()
         value = default if value is None else value
         if value is None or isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
@@ -106,7 +119,7 @@ class _Keys:
     def wrong(self, name: str, value: Any) -> FormatError:
         found = "is missing" if value is None else f"is {str(value)[:60]}"
         return FormatError(
-            f"{self.where}: the setting '{self.family}.{name}' {found}.", "The file is damaged or incomplete."
+            f"{self.where}: the setting '{self.prefix}.{name}' {found}.", "The file is damaged or incomplete."
         )
 
 
@@ -125,17 +138,18 @@ def config_from_gguf(file: GGUFFile, rows: int) -> ModelConfig:
         ModelError: an architecture or a setting that lexmill's model does not have.
         FormatError: a setting is missing or makes no sense.
     """
-    family = file.metadata.get("general.architecture")
-    if not isinstance(family, str) or family not in ARCHITECTURES:
+    named = file.metadata.get("general.architecture")
+    if not isinstance(named, str) or named not in ARCHITECTURES:
         raise ModelError(
-            f"{file.path}: models of the architecture '{str(family)[:60]}' cannot be imported.",
+            f"{file.path}: models of the architecture '{str(named)[:60]}' cannot be imported.",
             f"Those of {', '.join(ARCHITECTURES)} can.",
         )
-    _refuse_unknown(file.metadata, family, str(file.path))
+    family = ARCHITECTURES[named]
+    _refuse_unknown(file.metadata, named, str(file.path))
     for tensor, what in _OWN_TENSORS.items():
         if tensor in file.tensors and not np.array_equal(file.read(tensor), np.ones_like(file.read(tensor))):
             raise ModelError(f"{file.path}: {what} ('{tensor}') are not supported yet.", _HINT)
-    keys = _Keys(file, family)
+    keys = _Keys(file, named)
     heads, width = keys.whole("attention.head_count"), keys.whole("embedding_length")
     head_width = keys.whole("attention.key_length", width // max(heads, 1))
     if keys.whole("attention.value_length", head_width) != head_width:
@@ -182,6 +196,8 @@ def _own_values(file: GGUFFile, keys: _Keys, family: str, head_width: int) -> di
             "segments": segments if isinstance(segments, int) else -1,
             "activation": activation_of(file, "gelu"),
         }
+    if family == "modernbert":
+        return _modernbert_values(file, keys)
     gated = "enc.blk.0.ffn_gate.weight" in file.tensors
     layers = keys.count("block_count")
     return {
@@ -193,6 +209,41 @@ def _own_values(file: GGUFFile, keys: _Keys, family: str, head_width: int) -> di
         "activation": "gelu_tanh" if gated else "relu",
         "tied": "output.weight" not in file.tensors,
     }
+
+
+# `hidden_activation` of ModernBERT, as llama.cpp understands it (src/llama-model.cpp); it gates all of them.
+_GATED_ACTIVATIONS = {"gelu": "gelu", "geglu": "gelu", "silu": "silu", "swish": "silu", "swiglu": "silu"}
+
+
+def _modernbert_values(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
+    named = keys.find("hidden_activation")
+    activation = "gelu" if named is None else _GATED_ACTIVATIONS.get(str(named))
+    if activation is None:
+        raise ModelError(f"{file.path}: the activation '{str(named)[:60]}' is not supported yet.", _HINT)
+    if keys.find("attention.causal") is True:
+        raise ModelError(f"{file.path}: an encoder that sees only what comes before is not supported.", _HINT)
+    window = keys.whole("attention.sliding_window", 0)
+    return {
+        "norm_eps": keys.real("attention.layer_norm_epsilon"),
+        "activation": activation_of(file, activation) if activation == "gelu" else activation,
+        "rope_theta": keys.real("rope.freq_base", 10000.0),
+        "local_theta": keys.real("rope.freq_base_swa", 10000.0),
+        "local_window": window,
+        "global_every": _global_every(keys) if window else 3,
+    }
+
+
+def _global_every(keys: _Keys) -> int:
+    """Every how many layers one sees all: said as a number, or layer by layer as whether it is a local one."""
+    name = "attention.sliding_window_pattern"
+    said = keys.find(name)
+    if isinstance(said, (list, np.ndarray)):
+        every = global_period([bool(local) for local in said[: keys.count("block_count")]])
+    else:
+        every = keys.whole(name, 3)
+    if not every:  # as a number, 0 means that all are local
+        raise ModelError(f"{keys.where}: this order of local and global layers is not supported.", _HINT)
+    return every
 
 
 def activation_of(file: GGUFFile, default: str) -> str:
@@ -207,8 +258,7 @@ def pooling_of(file: GGUFFile) -> str:
     Raises:
         ModelError: as a rank, which needs a classifier that lexmill does not have.
     """
-    family = file.metadata.get("general.architecture")
-    code = file.metadata.get(f"{family}.pooling_type", 1)
+    code = file.metadata.get(f"{file.metadata.get('general.architecture')}.pooling_type", 1)
     names = {number: name for name, number in POOLING.items()}
     name = names.get(code) if isinstance(code, int) else None
     if name in (None, "rank"):
@@ -216,10 +266,10 @@ def pooling_of(file: GGUFFile) -> str:
     return name if name in ("cls", "last") else "mean"
 
 
-def _refuse_unknown(metadata: Mapping[str, Any], family: str, where: str) -> None:
-    known = {*_READ, *_OWN.get(family, ())}
+def _refuse_unknown(metadata: Mapping[str, Any], prefix: str, where: str) -> None:
+    known = {*_READ, *_OWN.get(prefix, ())}
     for key, value in metadata.items():
-        name = key.removeprefix(f"{family}.")
+        name = key.removeprefix(f"{prefix}.")
         if name == key or name in known:
             continue
         if name in _NEUTRAL and (isinstance(value, (str, bool, int, float)) and value in _NEUTRAL[name]):
