@@ -226,9 +226,8 @@ def test_the_command(tmp_path, models):
 # What lexmill's model does not have is refused by name; what says nothing is passed over.
 
 REFUSED = {
-    "linear rope": (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), "rope.scaling.type"),
-    "yarn": (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rope.scaling.type"),
-    "scaling by number": (lambda w: w.add_rope_scaling_factor(4.0), "rope.scaling.factor"),
+    "long rope": (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "kind 'longrope'"),
+    "scaled scores": (lambda w: w.add_rope_scaling_attn_factors(2.0), "scaled scores"),
     "partial rope": (lambda w: w.add_rope_dimension_count(8), "rotary positions on 8 of 16"),
     "experts": (lambda w: w.add_expert_count(8), "expert_count"),
     "window": (lambda w: w.add_sliding_window(64), "attention.sliding_window"),
@@ -242,6 +241,7 @@ REFUSED = {
     "a bias": (lambda w: w.add_tensor("blk.0.attn_q.bias", np.zeros(32, np.float32)), "attn_q.bias"),
 }
 PASSED = {
+    "scaling by nothing": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR),
     "no scaling": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.NONE),
     "no experts": lambda w: w.add_expert_count(0),
     "frequencies as they are": lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),

@@ -15,6 +15,7 @@ from lexmill.model.directory import ModelDirectory
 from lexmill.runtimes.diagnosis_tokenizer import tokenizer_causes
 from lexmill.runtimes.diagnosis_weights import weight_causes
 from lexmill.runtimes.gguf_kept import same_value
+from lexmill.runtimes.gguf_rope import is_neutral
 from lexmill.runtimes.gguf_shapes import architecture, shape_metadata
 from lexmill.runtimes.verify_report import Diagnosis
 
@@ -22,6 +23,9 @@ from lexmill.runtimes.verify_report import Diagnosis
 # it then refuses the file.
 _SETTINGS: dict[str, tuple[str, object]] = {
     "rope.freq_base": ("the base of the rotary positions (RoPE theta)", 10000.0),
+    "rope.scaling.type": ("how rotary positions are scaled", "linear"),
+    "rope.scaling.factor": ("by how much rotary positions are scaled", 1.0),
+    "rope.scaling.original_context_length": ("the context before rotary positions were scaled", ()),
     "rope.dimension_count": ("the part of a head that rotary positions turn", ()),
     "attention.layer_norm_rms_epsilon": ("the epsilon of the norms", None),
     "attention.layer_norm_epsilon": ("the epsilon of the norms", None),
@@ -108,6 +112,9 @@ def _setting_causes(file: GGUFFile, model: ModelDirectory) -> Iterator[str]:
     expected = shape_metadata(model.config, model.pooling)
     if model.has_tokenizer:
         del expected[f"{family}.vocab_size"]  # the tokens and the rows of the embedding say more
+    for key, value in file.metadata.items():
+        if key.startswith(f"{family}.rope.scaling.") and key not in expected and not is_neutral(key, value):
+            yield f"The file scales rotary positions otherwise than the model: {key} is {_plain(value)}."
     for key, value in expected.items():
         meaning, absent = _SETTINGS.get(key.removeprefix(f"{family}."), ("a setting", ()))
         if key in file.metadata:

@@ -14,6 +14,7 @@ from lexmill.formats.gguf import GGUFFile, Value, boolean, f32, string, u32
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.names import WeightName, weight_names, weight_shapes
+from lexmill.runtimes.gguf_rope import scaling_metadata
 
 POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}  # llama.h, enum llama_pooling_type
 _WRITTEN_POOLING = ("mean", "cls", "last")  # ways to make one vector of a text
@@ -36,8 +37,22 @@ def require_place(config: ModelConfig, where: str) -> None:
     Raises:
         ModelError: says what.
     """
+    scaling = config.rope_scaling
+    yarn = scaling is not None and (scaling.beta_fast, scaling.beta_slow) != (32, 1)
+    wide = config.heads * config.head_width != config.width
     activations = {True: "gelu_tanh", False: "relu"}
     problems = {
+        # YaRN's bounds are compiled in for these; only `llama` divides frequencies by a tensor of the file
+        **{
+            family: {
+                "YaRN with other bounds than 32 and 1": yarn,
+                "Llama 3.1's rotary scaling in another family": family != "llama"
+                and scaling is not None
+                and scaling.kind == "llama3",
+                "a width of heads other than width / heads, in this family,": family == "qwen2" and wide,
+            }
+            for family in ("llama", "qwen2", "qwen3")
+        },
         # BERT's graph in llama.cpp adds the first segment's vector and has the tanh form of GELU compiled in
         "bert": {
             "no segment embeddings": not config.segments,
@@ -55,8 +70,7 @@ def require_place(config: ModelConfig, where: str) -> None:
             "a norm with biases": config.norm_bias,
             "an MLP with biases": config.mlp_bias,
             f"the activation '{config.activation}'": config.activation not in ("gelu", "gelu_tanh", "silu"),
-            "heads that are together wider or narrower than the model": config.heads * config.head_width
-            != config.width,
+            "heads that are together wider or narrower than the model": wide,
         },
     }
     for problem, present in problems.get(config.family, {}).items():
@@ -108,6 +122,7 @@ def shape_metadata(config: ModelConfig, pooling: str = "mean") -> dict[str, Valu
         }
     elif config.positions == "rotary":
         shape |= {"rope.dimension_count": u32(config.head_width), "rope.freq_base": f32(config.rope_theta)}
+        shape |= scaling_metadata(config.rope_scaling)
     if config.family == "modernbert":
         shape["hidden_activation"] = string(config.activation.removesuffix("_tanh"))
     if config.local_window:

@@ -20,6 +20,7 @@ from lexmill.model.directory import ModelDirectory, convert, write_model_directo
 from lexmill.model.names import WeightName, weight_names, weight_shapes
 from lexmill.progress import SILENT, Progress, Task
 from lexmill.runtimes.gguf_kept import keep
+from lexmill.runtimes.gguf_rope import ROPE_FREQS
 from lexmill.runtimes.gguf_shapes import read_weight, weight_from_gguf
 from lexmill.runtimes.gguf_vocabulary import read_vocabulary
 from lexmill.runtimes.huggingface import check_target, publish
@@ -180,8 +181,8 @@ class GGUFWeights(Mapping[str, np.ndarray]):
                     f"{file.path}: the tensor '{name.gguf}' has the shape {info.shape} instead of {expected}.",
                     _HINT,
                 )
-        # of ones only, or refused when the shape was read; computed anew by every writer
-        unused = set(file.tensors) - {name.gguf for name in self._names.values()} - {"rope_freqs.weight"}
+        # read with the shape; computed anew by every writer
+        unused = set(file.tensors) - {name.gguf for name in self._names.values()} - {ROPE_FREQS}
         if unused:
             raise ModelError(
                 f"{file.path}: the tensor '{min(unused)}' has no place in a {config.family} model here.",

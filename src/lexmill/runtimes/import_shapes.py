@@ -6,16 +6,18 @@ differ without a word. Keys: llama.cpp, src/llama-arch.cpp and src/models/.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from lexmill.errors import ConfigError, FormatError, ModelError
+from lexmill.errors import ConfigError, ModelError
 from lexmill.formats.gguf import GGUFFile
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
 from lexmill.model.huggingface_config import global_period
+from lexmill.runtimes.gguf_keys import HINT, Keys
+from lexmill.runtimes.gguf_rope import NEUTRAL as ROPE_NEUTRAL
+from lexmill.runtimes.gguf_rope import SCALING_KEYS, scaling_from_gguf
 from lexmill.runtimes.gguf_shapes import ACTIVATION_KEY, POOLING
 
 # llama.cpp's name of each family.
@@ -23,7 +25,6 @@ ARCHITECTURES = {
     **{name: name for name in ("llama", "qwen2", "qwen3", "bert", "t5")},
     "modern-bert": "modernbert",
 }
-_HINT = "Take the model's Hugging Face directory, or another model."
 _DECODERS = ("llama", "qwen2", "qwen3")
 
 # Settings that say nothing where they have these values; with others they change what a model computes.
@@ -41,10 +42,7 @@ _NEUTRAL: dict[str, Collection[Any]] = {
     "embedding_scale": (0.0, 1.0),
     "use_parallel_residual": (False,),
     "tensor_data_layout": ("Meta AI original pth",),  # what llama.cpp's rows of q and k are
-    "rope.scaling.type": ("none", ""),
-    "rope.scaling.factor": (0.0, 1.0),
-    "rope.scaling.finetuned": (True, False),
-    "rope.scale_linear": (0.0, 1.0),
+    **ROPE_NEUTRAL,
 }
 # Read below, or said again elsewhere in the file.
 _READ = (
@@ -61,11 +59,9 @@ _READ = (
     "attention.layer_norm_rms_epsilon",
     "rope.dimension_count",
     "rope.freq_base",
-    "rope.scaling.original_context_length",
-    "rope.scaling.attn_factor",
-    "rope.scaling.yarn_log_multiplier",
 )
 _OWN = {
+    **dict.fromkeys(_DECODERS, SCALING_KEYS),
     "bert": ("pooling_type", "attention.causal"),
     "modern-bert": (
         "pooling_type",
@@ -77,55 +73,6 @@ _OWN = {
     ),
     "t5": ("attention.relative_buckets_count", "decoder_block_count", "decoder_start_token_id"),
 }
-_OWN_TENSORS = {"rope_freqs.weight": "rotary positions scaled as in Llama 3.1"}
-
-
-class _Keys:
-    """Reads the settings of one architecture and complains by their names."""
-
-    def __init__(self, file: GGUFFile, prefix: str) -> None:
-        self.values, self.prefix, self.where = file.metadata, prefix, str(file.path)
-        self.tensors = len(file.tensors)
-
-    def find(self, name: str) -> Any:
-        return self.values.get(f"{self.prefix}.{name}")
-
-    def whole(self, name: str, default: int | None = None) -> int:
-        value = self.find(name)
-        if isinstance(value, np.ndarray):  # one number a layer; all the same in the shapes known here
-            distinct = set(value.tolist())
-            if len(distinct) != 1:
-                raise ModelError(f"{self.where}: '{self.prefix}.{name}' differs from layer to layer.", _HINT)
-            value = distinct.pop()
-        value = default if value is None else value
-        if value is None or isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
-            raise self.wrong(name, value)
-        return value
-
-    def count(self, name: str, default: int | None = None) -> int:
-        """A number of layers: each has tensors, so a file with fewer of them lies."""
-        layers = self.whole(name, default)
-        if layers > self.tensors:
-            raise self.wrong(name, layers)
-        return layers
-
-    def real(self, name: str, default: float | None = None) -> float:
-        value = self.find(name)
-        value = default if value is None else value
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            raise self.wrong(name, value)
-        return tidy(float(value))
-
-    def wrong(self, name: str, value: Any) -> FormatError:
-        found = "is missing" if value is None else f"is {str(value)[:60]}"
-        return FormatError(
-            f"{self.where}: the setting '{self.prefix}.{name}' {found}.", "The file is damaged or incomplete."
-        )
-
-
-def tidy(value: float) -> float:
-    """The shortest decimal that is the same float32: files say 1e-05 as 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
 
 
 def config_from_gguf(file: GGUFFile, rows: int) -> ModelConfig:
@@ -146,14 +93,11 @@ def config_from_gguf(file: GGUFFile, rows: int) -> ModelConfig:
         )
     family = ARCHITECTURES[named]
     _refuse_unknown(file.metadata, named, str(file.path))
-    for tensor, what in _OWN_TENSORS.items():
-        if tensor in file.tensors and not np.array_equal(file.read(tensor), np.ones_like(file.read(tensor))):
-            raise ModelError(f"{file.path}: {what} ('{tensor}') are not supported yet.", _HINT)
-    keys = _Keys(file, named)
+    keys = Keys(file, named)
     heads, width = keys.whole("attention.head_count"), keys.whole("embedding_length")
     head_width = keys.whole("attention.key_length", width // max(heads, 1))
     if keys.whole("attention.value_length", head_width) != head_width:
-        raise ModelError(f"{file.path}: values of another width than keys are not supported.", _HINT)
+        raise ModelError(f"{file.path}: values of another width than keys are not supported.", HINT)
     values = {
         **FAMILIES[family],
         **FAMILY_DEFAULTS[family],
@@ -173,17 +117,18 @@ def config_from_gguf(file: GGUFFile, rows: int) -> ModelConfig:
         raise ModelError(f"{file.path}: {error.message}", error.hint) from error
 
 
-def _own_values(file: GGUFFile, keys: _Keys, family: str, head_width: int) -> dict[str, Any]:
+def _own_values(file: GGUFFile, keys: Keys, family: str, head_width: int) -> dict[str, Any]:
     """What only some of the families have."""
     if family in _DECODERS:
         turned = keys.whole("rope.dimension_count", head_width)
         if turned != head_width:
             raise ModelError(
                 f"{file.path}: rotary positions on {turned} of {head_width} coordinates are not supported.",
-                _HINT,
+                HINT,
             )
         return {
             "rope_theta": keys.real("rope.freq_base", 10000.0),
+            "rope_scaling": scaling_from_gguf(file, keys, head_width),
             "norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
             "tied": "output.weight" not in file.tensors,
         }
@@ -215,13 +160,13 @@ def _own_values(file: GGUFFile, keys: _Keys, family: str, head_width: int) -> di
 _GATED_ACTIVATIONS = {"gelu": "gelu", "geglu": "gelu", "silu": "silu", "swish": "silu", "swiglu": "silu"}
 
 
-def _modernbert_values(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
+def _modernbert_values(file: GGUFFile, keys: Keys) -> dict[str, Any]:
     named = keys.find("hidden_activation")
     activation = "gelu" if named is None else _GATED_ACTIVATIONS.get(str(named))
     if activation is None:
-        raise ModelError(f"{file.path}: the activation '{str(named)[:60]}' is not supported yet.", _HINT)
+        raise ModelError(f"{file.path}: the activation '{str(named)[:60]}' is not supported yet.", HINT)
     if keys.find("attention.causal") is True:
-        raise ModelError(f"{file.path}: an encoder that sees only what comes before is not supported.", _HINT)
+        raise ModelError(f"{file.path}: an encoder that sees only what comes before is not supported.", HINT)
     window = keys.whole("attention.sliding_window", 0)
     return {
         "norm_eps": keys.real("attention.layer_norm_epsilon"),
@@ -233,7 +178,7 @@ def _modernbert_values(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
     }
 
 
-def _global_every(keys: _Keys) -> int:
+def _global_every(keys: Keys) -> int:
     """Every how many layers one sees all: said as a number, or layer by layer as whether it is a local one."""
     name = "attention.sliding_window_pattern"
     said = keys.find(name)
@@ -242,7 +187,7 @@ def _global_every(keys: _Keys) -> int:
     else:
         every = keys.whole(name, 3)
     if not every:  # as a number, 0 means that all are local
-        raise ModelError(f"{keys.where}: this order of local and global layers is not supported.", _HINT)
+        raise ModelError(f"{keys.where}: this order of local and global layers is not supported.", HINT)
     return every
 
 
@@ -262,7 +207,7 @@ def pooling_of(file: GGUFFile) -> str:
     names = {number: name for name, number in POOLING.items()}
     name = names.get(code) if isinstance(code, int) else None
     if name in (None, "rank"):
-        raise ModelError(f"{file.path}: pooling of the kind {str(code)[:20]} is not supported.", _HINT)
+        raise ModelError(f"{file.path}: pooling of the kind {str(code)[:20]} is not supported.", HINT)
     return name if name in ("cls", "last") else "mean"
 
 
@@ -276,5 +221,5 @@ def _refuse_unknown(metadata: Mapping[str, Any], prefix: str, where: str) -> Non
             continue
         raise ModelError(
             f"{where}: the model has the setting '{key}' = {str(value)[:60]}, which is not supported yet.",
-            _HINT,
+            HINT,
         )

@@ -22,6 +22,7 @@ from lexmill.model.names import weight_shapes
 from lexmill.progress import SILENT, Progress, Task
 from lexmill.runtimes.gguf_kept import restored, same_value
 from lexmill.runtimes.gguf_mixes import ALIASES, MIXES, choose_types
+from lexmill.runtimes.gguf_rope import ROPE_FREQS, divisors_differ, frequency_divisors
 from lexmill.runtimes.gguf_shapes import (
     HeldTensor,
     architecture,
@@ -170,6 +171,11 @@ class _Tensors:
             )
 
     def rows(self) -> Iterator[TensorToWrite]:
+        divisors = frequency_divisors(self.model.config)
+        if divisors is not None:
+            yield TensorToWrite(
+                ROPE_FREQS, divisors.shape, BLOCK_TYPES["F32"], partial(self._keep, ROPE_FREQS, divisors)
+            )
         for tensor in self.tensors:
             choice = self.choices.get(tensor.name)
             kind = choice.type if choice else BLOCK_TYPES["F32"]
@@ -185,8 +191,11 @@ class _Tensors:
         except LexmillError as error:
             where = f"{self.model.path}: weight '{tensor.parts[0].huggingface}'"
             raise FormatError(f"{where}: {error.message}", error.hint) from error
-        self.checksums[tensor.name] = zlib.crc32(data.data)
         self.task.advance(weight.size)
+        return self._keep(tensor.name, data)
+
+    def _keep(self, name: str, data: np.ndarray) -> np.ndarray:
+        self.checksums[name] = zlib.crc32(data.data)
         return data
 
 
@@ -236,6 +245,8 @@ def weight_error(file: GGUFFile, model: ModelDirectory) -> tuple[float, str]:
     Raises:
         FormatError: a tensor of a type that cannot be read yet.
     """
+    if differs := divisors_differ(file, model.config):
+        return float("inf"), differs
     worst, where = 0.0, "none"
     for name in held_weights(model.config):
         weight = weight_in_gguf(model, name)
