@@ -245,6 +245,11 @@ void cross_entropy_rows(const CrossEntropy& a, long first, long end) {
     float* room = row_of(a.vocabulary);
     for (long row = first; row < end; ++row) {
         T* l = logits + row * a.vocabulary;
+        if (a.targets[row] < 0) {  // nothing is learned here
+            a.lost[row] = 0;
+            for (long i = 0; i < a.vocabulary; ++i) store(l, i, 0.0f);
+            continue;
+        }
         auto logit = [&](long i) { return kBiased ? load(l, i) + a.bias[i] : load(l, i); };
         float top = largest(a.vocabulary, logit), sum = 0;
         for (long i = 0; i < a.vocabulary; ++i) {

@@ -61,7 +61,7 @@ struct SoftmaxBack {
 struct CrossEntropy {
     int64_t rows, vocabulary, is_bf16;
     void* logits;            // (rows, vocabulary), become their gradient
-    const int64_t* targets;  // (rows)
+    const int64_t* targets;  // (rows); negative where nothing is learned
     const float* bias;       // (vocabulary), added to each row; may be null
     float* lost;             // (rows), in nats
 };

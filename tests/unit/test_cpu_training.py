@@ -12,7 +12,9 @@ from lexmill.model.attend import attend
 from lexmill.model.norms import RMSNorm
 from lexmill.model.positions import rotary_table, rotate
 from lexmill.model.scope import Scope
+from lexmill.train.causal import counted
 from lexmill.train.cross_entropy import linear_cross_entropy
+from lexmill.train.examples import IGNORED
 
 
 @pytest.fixture(autouse=True)
@@ -173,3 +175,48 @@ def test_cross_entropy_in_parts(monkeypatch, biased):
     assert agree(gradients(ours, inputs, torch.float32), expected, 3e-6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert agree(gradients(ours, inputs, torch.float32), expected, 0.03)
+
+
+def test_ignored_targets_have_no_loss_and_no_gradient():
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(20, 6), torch.randn(11, 6), torch.randn(11)
+    targets = torch.randint(0, 11, (20,))
+    some = targets.clone()
+    some[[3, 4, 19]] = IGNORED
+    places = some != IGNORED
+    for compiled in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not compiled:
+                patch.setattr("lexmill.train.cross_entropy.kernels_for", lambda tensor: None)
+            found = []
+            for states, wanted in ((hidden, some), (hidden[places], targets[places])):
+                leaves = [part.clone().requires_grad_() for part in (states, weight, bias)]
+                loss, _ = linear_cross_entropy(leaves[0], wanted, *leaves[1:])
+                loss.backward()
+                found.append((loss, *(leaf.grad for leaf in leaves)))
+            (loss, to_hidden, *rest), (loss_of_kept, to_kept, *rest_of_kept) = found
+            assert torch.allclose(loss, loss_of_kept)
+            assert torch.allclose(to_hidden[places], to_kept, atol=1e-6)
+            assert (to_hidden[~places] == 0).all()
+            for one, other in zip(rest, rest_of_kept):
+                assert torch.allclose(one, other, atol=1e-5)
+    with torch.no_grad():
+        total, right = linear_cross_entropy(hidden, some, weight, bias)
+        expected, expected_right = linear_cross_entropy(hidden[places], targets[places], weight, bias)
+    assert torch.allclose(total, expected) and right == expected_right
+
+
+def test_few_different_numbers_of_places_occur():
+    """Each number of rows of a product is compiled anew, and an encoder's batches have any number."""
+    sizes = set()
+    for count in range(1, 1025):
+        targets = torch.full((4, 256), IGNORED)
+        targets.view(-1)[torch.randperm(1024)[:count]] = 7
+        hidden = torch.arange(1024.0).view(4, 256, 1)
+        states, found = counted(hidden, targets)
+        assert len(states) == len(found) and (found != IGNORED).sum() == count
+        assert count <= len(found) <= count * 9 / 8 + 1
+        kept = states[found != IGNORED, 0].long()
+        assert (kept == (targets.view(-1) != IGNORED).nonzero()[:, 0]).all()
+        sizes.add(len(found))
+    assert len(sizes) <= 8 + 8 * 7

@@ -134,7 +134,7 @@ class Kernels:
 
         Args:
             logits: (rows, vocabulary), without the bias.
-            targets: (rows,), int64, valid ids.
+            targets: (rows,), int64, valid ids; negative where the loss and its gradient are 0.
             bias: (vocabulary,), float32.
         """
         lost = torch.empty(len(logits))

@@ -38,10 +38,22 @@ def token_losses(hidden: Tensor, weight: Tensor, batch: Batch) -> Losses:
 
 
 def counted(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states and targets of the places that count, (n, width) and (n,)."""
+    """Hidden states and targets of the places that count, (n, width) and (n,).
+
+    Unless all places count, some that do not are added behind, so that only a few different n occur: each
+    new shape of a matrix product is compiled anew on a CPU, and what that keeps lies scattered among the
+    freed memory (measured: 60 MB more a step).
+    """
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     places = targets != IGNORED
     if bool(places.all()):
         return hidden, targets
-    index = places.nonzero()[:, 0]
+    size = _few_sizes(int(places.sum()), len(targets))
+    index = places.logical_not().argsort(stable=True)[:size]
     return hidden.index_select(0, index), targets[index]
+
+
+def _few_sizes(count: int, most: int) -> int:
+    """`count` or somewhat more, by an eighth at most and never above `most`: eight sizes an octave."""
+    step = max(1, 1 << (count.bit_length() - 4)) if count > 8 else 1
+    return min(most, -(-count // step) * step)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lexmill.model.kernels import kernels_for
+from lexmill.train.examples import IGNORED
 
 _ROWS = 1024  # positions whose logits exist at the same time
 _CACHED = (
@@ -24,7 +25,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (n, width).
-        targets: (n,), all of them valid ids: leave out what does not count.
+        targets: (n,), valid ids, or IGNORED where nothing is learned.
         weight: (vocabulary, width).
         bias: (vocabulary,).
 
@@ -41,9 +42,10 @@ def linear_cross_entropy(
         for start in range(0, len(hidden), _ROWS):
             rows = slice(start, start + _ROWS)
             logits = _logits(hidden[rows].to(dtype), columns, bias)
-            picked = logits.gather(1, targets[rows, None])[:, 0]
-            total += (logits.logsumexp(-1) - picked).sum()
-            right += int((logits.argmax(-1) == targets[rows]).sum())
+            counts = targets[rows] != IGNORED
+            picked = logits.gather(1, targets[rows, None].clamp(min=0))[:, 0]
+            total += (logits.logsumexp(-1) - picked)[counts].sum()
+            right += int((logits.argmax(-1) == targets[rows]).sum())  # IGNORED is no id
     return total, right
 
 
@@ -88,7 +90,7 @@ def _to_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None, to_bias: 
 
     Args:
         logits: (n, vocabulary), without `bias`.
-        targets: (n,).
+        targets: (n,); the gradient of an ignored one is 0.
         to_bias: the bias's gradient is added to it.
     """
     if compiled := kernels_for(logits):
@@ -103,8 +105,11 @@ def _to_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None, to_bias: 
         if bias is not None:
             exact += bias
         torch.log_softmax(exact, -1, out=exact)
-        lost -= exact.gather(1, index).sum()
+        counts = index != IGNORED
+        index = index.clamp(min=0)
+        lost -= (exact.gather(1, index) * counts).sum()
         exact.exp_().scatter_add_(1, index, exact.new_full(index.shape, -1.0))  # less one at the target
+        exact *= counts
         if to_bias is not None:
             to_bias += exact.sum(0)
         if exact is not rows:
