@@ -7,7 +7,7 @@ from pathlib import Path
 
 VERBS = [
     [], ["run"], ["prepare"], ["tokenizer"], ["tokenizer", "train"], ["tokenizer", "encode"], ["tokenizer", "decode"],
-    ["tokenizer", "inspect"], ["pretrain"], ["finetune"], ["evaluate"], ["generate"], ["chat"], ["explain"],
+    ["tokenizer", "inspect"], ["pretrain"], ["finetune"], ["merge"], ["evaluate"], ["generate"], ["chat"], ["explain"],
     ["explain", "attention"], ["explain", "word"], ["export"],
     ["export", "hf"], ["export", "gguf"], ["export", "ollama"], ["ollama"],
     ["ollama", "list"], ["ollama", "show"], ["ollama", "rm"], ["verify"], ["report"], ["doctor"],

@@ -7,6 +7,14 @@
 #include <algorithm>
 #include <vector>
 
+#ifdef LEXMILL_ATTENTION
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include "training.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -28,12 +36,14 @@ struct Steps {
     void (*softmax)(const Softmax&, long, long);
     void (*softmax_back)(const SoftmaxBack&, long, long);
     void (*cross_entropy)(const CrossEntropy&, long, long);
+    void (*attention)(const Attention&, long, long);  // null where there is none
+    void (*attention_back)(const AttentionBack&, long, long, float*);
 };
 
 #define LEXMILL_STEPS(isa)                                                                      \
     Steps {                                                                                     \
         isa::add_norm, isa::add_norm_back, isa::gated, isa::gated_back, isa::rotate, isa::softmax, \
-            isa::softmax_back, isa::cross_entropy                                               \
+            isa::softmax_back, isa::cross_entropy, nullptr, nullptr                             \
     }
 
 Steps steps = LEXMILL_STEPS(portable);
@@ -65,6 +75,28 @@ void spread(long count, long grain, int threads, Work work) {
         &shared, unsigned(parts), 0);
 }
 
+// Linux gives a process the room of AMX's tiles when it asks (Linux, Documentation/arch/x86/xstate.rst).
+bool may_use_tiles() {
+#if defined(LEXMILL_ATTENTION) && defined(__linux__)
+    constexpr long kAskForPermission = 0x1023, kTileData = 18;
+    unsigned a, b, c, d = 0;
+    __get_cpuid_count(7, 0, &a, &b, &c, &d);
+    bool there = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
+    return there && syscall(SYS_arch_prctl, kAskForPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+// The sum of what the threads have put into their own arrays of `count` numbers.
+void add_up(const std::vector<float>& sums, long space, int threads, long count, float* to) {
+    for (long i = 0; i < count; ++i) {
+        float sum = 0;
+        for (long number = 0; number < std::max(1, threads); ++number) sum += sums[number * space + i];
+        to[i] = sum;
+    }
+}
+
 long rows_grain(long width) { return std::max<long>(1, 4096 / std::max<long>(1, width)); }
 
 }  // namespace
@@ -72,7 +104,8 @@ long rows_grain(long width) { return std::max<long>(1, 4096 / std::max<long>(1, 
 
 using namespace lexmill;
 
-// Which instruction set is used: 0 portable, 1 AVX2, 2 AVX-512. `at_most` holds it down, for tests.
+// Which instruction set is used: 0 portable, 1 AVX2, 2 AVX-512, 3 with its products of bfloat16, 4 AMX; from
+// 3 on there is attention. `at_most` holds it down, for tests.
 EXPORT int lexmill_begin(void* run, void* number, void* count, int at_most) {
     parallel = reinterpret_cast<Parallel>(run);
     thread_number = reinterpret_cast<Number>(number);
@@ -85,6 +118,16 @@ EXPORT int lexmill_begin(void* run, void* number, void* count, int at_most) {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (at_most >= 2 && avx512_there) {
         steps = LEXMILL_STEPS(avx512);
+#ifdef LEXMILL_ATTENTION
+        if (at_most >= 4 && may_use_tiles()) {
+            steps.attention = amx::attention, steps.attention_back = amx::attention_back;
+            return 4;
+        }
+        if (at_most >= 3 && __builtin_cpu_supports("avx512bf16")) {
+            steps.attention = avx512_bf16::attention, steps.attention_back = avx512_bf16::attention_back;
+            return 3;
+        }
+#endif
         return 2;
     }
     if (at_most >= 1 && avx2_there) {
@@ -102,20 +145,12 @@ EXPORT void lexmill_add_norm(const AddNorm* a, int threads) {
 
 EXPORT void lexmill_add_norm_back(const AddNormBack* a, int threads) {
     long space = (a->width + 15) / 16 * 16 + 16;  // threads' sums lie on cache lines of their own
-    std::vector<float> sums(2 * size_t(space) * std::max(1, threads), 0.0f);
+    std::vector<float> weights(size_t(space) * std::max(1, threads), 0.0f), biases(weights.size(), 0.0f);
     spread(a->rows, rows_grain(a->width), threads, [&](long number, long first, long end) {
-        float* own = sums.data() + 2 * number * space;
-        steps.add_norm_back(*a, first, end, own, own + space);
+        steps.add_norm_back(*a, first, end, weights.data() + number * space, biases.data() + number * space);
     });
-    for (long i = 0; i < a->width; ++i) {
-        float weight = 0, bias = 0;
-        for (long number = 0; number < std::max(1, threads); ++number) {
-            weight += sums[2 * number * space + i];
-            bias += sums[(2 * number + 1) * space + i];
-        }
-        a->to_weight[i] = weight;
-        if (a->to_bias) a->to_bias[i] = bias;
-    }
+    add_up(weights, space, threads, a->width, a->to_weight);
+    if (a->to_bias) add_up(biases, space, threads, a->width, a->to_bias);
 }
 
 EXPORT void lexmill_gated(const Gated* a, int threads) {
@@ -144,4 +179,19 @@ EXPORT void lexmill_softmax_back(const SoftmaxBack* a, int threads) {
 EXPORT void lexmill_cross_entropy(const CrossEntropy* a, int threads) {
     spread(a->rows, rows_grain(a->vocabulary), threads,
            [a](long, long first, long end) { steps.cross_entropy(*a, first, end); });
+}
+
+EXPORT void lexmill_attention(const Attention* a, int threads) {
+    spread(a->batch * a->kv_heads, 1, threads,
+           [a](long, long first, long end) { steps.attention(*a, first, end); });
+}
+
+EXPORT void lexmill_attention_back(const AttentionBack* a, int threads) {
+    const Attention& forward = a->forward;
+    long count = a->to_bias ? forward.heads * forward.keys * forward.queries : 0;
+    std::vector<float> sums(size_t(count) * std::max(1, threads), 0.0f);
+    spread(forward.batch * forward.kv_heads, 1, threads, [&](long number, long first, long end) {
+        steps.attention_back(*a, first, end, count ? sums.data() + number * count : nullptr);
+    });
+    if (count) add_up(sums, count, threads, count, a->to_bias);
 }

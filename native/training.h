@@ -73,6 +73,30 @@ struct CrossEntropy {
     float* lost;             // (rows), in nats
 };
 
+struct Strides {
+    int64_t batch, head, time;  // in numbers; the last axis is dense
+};
+
+// softmax(scale Q Kᵀ + bias) V, all in bfloat16. Heads that share keys follow each other.
+struct Attention {
+    int64_t batch, heads, kv_heads, queries, keys, width, causal, masks;  // masks: 1, or one for each text
+    Strides q_strides, k_strides, v_strides, out_strides;
+    const void *q, *k, *v;
+    void* out;
+    float* log_sums;    // (batch, heads, queries): the logarithm of the sum of e^score, for the way back
+    const void* mask;   // (masks, keys, queries) bytes, not 0 where a query sees a key; or null
+    const float* bias;  // (heads, keys, queries), or null
+    float scale;
+};
+
+struct AttentionBack {
+    Attention forward;
+    Strides gradient_strides, to_q_strides, to_k_strides, to_v_strides;
+    const void* gradient;  // as `out`
+    void *to_q, *to_k, *to_v;
+    float* to_bias;  // as `bias`, or null
+};
+
 // One set of steps for each instruction set that they are compiled for.
 #define LEXMILL_DECLARE(isa)                                                                        \
     namespace isa {                                                                                 \
@@ -89,5 +113,15 @@ struct CrossEntropy {
 LEXMILL_DECLARE(portable)
 LEXMILL_DECLARE(avx2)
 LEXMILL_DECLARE(avx512)
+
+// Attention is compiled for products of bfloat16 alone.
+#define LEXMILL_DECLARE_ATTENTION(isa)                                                \
+    namespace isa {                                                                   \
+    void attention(const Attention&, long first, long end);                           \
+    void attention_back(const AttentionBack&, long first, long end, float* to_bias); \
+    }
+
+LEXMILL_DECLARE_ATTENTION(avx512_bf16)
+LEXMILL_DECLARE_ATTENTION(amx)
 
 }  // namespace lexmill

@@ -1,6 +1,8 @@
 """Trains a tiny model on fixed documents, alone or under torchrun; `test_processes.py` looks at what it leaves.
 
-python tests/train_together.py FOLDER [family=bert] [sharding=shard] [kill=STEP] [steps=12] ...
+python tests/train_together.py FOLDER [family=bert] [lora=q8_0] [sharding=shard] [kill=STEP] [steps=12] ...
+
+With lora=TYPE an adapter learns, and the base is kept in that type; lora=float32 keeps it whole.
 """
 
 import json
@@ -13,7 +15,10 @@ import numpy as np
 import torch
 
 from lexmill.errors import LexmillError
+from lexmill.model.adapter import LoraConfig
 from lexmill.model.build import build_model
+from lexmill.model.lora import add_adapter, begin_adapter, read_adapter
+from lexmill.model.quantised import build_quantised
 from lexmill.pretrain.masked import FOLLOWS, masked_loss
 from lexmill.pretrain.shape import ShapeConfig
 from lexmill.train.batches import Loader
@@ -51,13 +56,14 @@ def main() -> None:
     folder = Path(sys.argv[1])
     options = dict(argument.split("=", 1) for argument in sys.argv[2:])
     family, kill = options.pop("family", "llama"), int(options.pop("kill", 0))
-    dropout = float(options.pop("dropout", 0))
+    dropout, lora = float(options.pop("dropout", 0)), options.pop("lora", "")
     values = {
         name: json.loads(value) if value[0] in "0123456789tfn{" else value for name, value in options.items()
     }
     config = TrainConfig(
         **{"steps": 12, "rows": 3, "micro_rows": 1, "warmup": 3, "precision": "float32", "seed": 3}
         | {"checkpoint_seconds": 0.0, "clip": 1.0}
+        | ({"optimizer": "adamw"} if lora else {})
         | values
     )
     torch.set_num_threads(1)
@@ -65,6 +71,12 @@ def main() -> None:
     shape = ShapeConfig(family=family, width=32, layers=2, heads=2, context=32, dropout=dropout)
     model = build_model(shape.with_vocabulary(VOCABULARY, **heads))
     model.initialise(0)
+    adapter = None
+    if lora:
+        if lora != "float32":
+            model, _ = build_quantised(model.config, model.weights(), lora)
+        adapter = begin_adapter(model, LoraConfig(rank=4, dropout=dropout), seed=0)
+        add_adapter(model, adapter)
     loss = {"llama": causal_loss, "bert": masked_loss, "t5": sequence_loss}[family]
     processes = Processes.join("cpu")
     steps = 0
@@ -90,7 +102,13 @@ def main() -> None:
     except LexmillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    weights = model.weights()
+    if adapter is None:
+        weights = model.weights()
+    else:
+        changes = read_adapter(model, adapter).changes
+        weights = {
+            f"{name} {half}": getattr(change, half) for name, change in changes.items() for half in "ab"
+        }
     if processes.first:
         np.savez(folder / "weights.npz", **weights)
 

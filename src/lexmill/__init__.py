@@ -25,8 +25,11 @@ _WHERE = {
     "evaluate": "lexmill.evaluate.stage",
     "verify": "lexmill.runtimes.verify",
     "import_model": "lexmill.runtimes.import_model",
+    "import_adapter": "lexmill.runtimes.gguf_adapter",
+    "merge_adapter": "lexmill.runtimes.merge",
     "export_huggingface": "lexmill.runtimes.huggingface",
     "export_gguf": "lexmill.runtimes.llama_cpp",
+    "export_adapter_gguf": "lexmill.runtimes.gguf_adapter",
     "collect_importance": "lexmill.evaluate.importance",
     "push": "lexmill.runtimes.hub",
     "run": "lexmill.recipe.run",
@@ -44,10 +47,12 @@ if TYPE_CHECKING:
     from lexmill.inference.language_model import load
     from lexmill.pretrain.stage import pretrain
     from lexmill.recipe.run import run
+    from lexmill.runtimes.gguf_adapter import export_adapter_gguf, import_adapter
     from lexmill.runtimes.hub import push
     from lexmill.runtimes.huggingface import export_huggingface
     from lexmill.runtimes.import_model import import_model
     from lexmill.runtimes.llama_cpp import export_gguf
+    from lexmill.runtimes.merge import merge_adapter
     from lexmill.runtimes.verify import verify
     from lexmill.tokenizer.training import train_tokenizer
 

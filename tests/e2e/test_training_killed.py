@@ -16,12 +16,12 @@ SCRIPT = Path(__file__).parents[1] / "train_together.py"
 OPTIONS = ("steps=160", "rows=4", "micro_rows=2", "dropout=0.1", "keep_best=false")
 
 
-def start(folder, family, processes=1):
+def start(folder, family, processes=1, more=()):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.Popen(
-        [*command, str(SCRIPT), str(folder), f"family={family}", *OPTIONS],
+        [*command, str(SCRIPT), str(folder), f"family={family}", *OPTIONS, *more],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -32,9 +32,9 @@ def finish(process):
     assert process.returncode == 0, said[-2000:]
 
 
-def killed_once(folder, family, moment):
+def killed_once(folder, family, moment, more=()):
     """Train, and kill after `moment` more seconds once steps are done; whether it was still alive then."""
-    process = start(folder, family)
+    process = start(folder, family, more=more)
     log = folder / "metrics.jsonl"
     before = log.stat().st_size if log.is_file() else 0
     while process.poll() is None and (not log.is_file() or log.stat().st_size <= before):
@@ -56,13 +56,13 @@ def losses(folder):
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
-def compare(family, kills, seed, tmp_path):
-    finish(start(tmp_path / "whole", family))
+def compare(family, kills, seed, tmp_path, more=()):
+    finish(start(tmp_path / "whole", family, more=more))
     random_moment = random.Random(seed)
     interrupted = 0
     for _ in range(kills):
-        interrupted += killed_once(tmp_path / "killed", family, random_moment.uniform(0.0, 1.0))
-    finish(start(tmp_path / "killed", family))
+        interrupted += killed_once(tmp_path / "killed", family, random_moment.uniform(0.0, 1.0), more)
+    finish(start(tmp_path / "killed", family, more=more))
     assert interrupted, "no kill came before the end: the test shows nothing"
     whole, again = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(np.array_equal(whole[name], again[name]) for name in whole)
@@ -73,6 +73,11 @@ def compare(family, kills, seed, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
 def test_a_killed_run_ends_in_the_same_bits(family, tmp_path):
     compare(family, 1, family, tmp_path)
+
+
+@pytest.mark.parametrize("base", [pytest.param("float32", marks=pytest.mark.slow), "q4_1"])
+def test_a_killed_adapter_ends_in_the_same_bits(base, tmp_path):
+    compare("llama", 1, base, tmp_path, (f"lora={base}", "gradient_checkpointing=true"))
 
 
 @pytest.mark.slow

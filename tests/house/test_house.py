@@ -31,7 +31,7 @@ TORCH_FILES = {
     "inference/torch_backend.py",
     "cli/doctor.py",
     "runtimes/verify_transformers.py",
-    "runtimes/verify_reference.py",
+    "runtimes/verify_rounding.py",
 }
 
 

@@ -20,8 +20,10 @@ from lexmill.model.build import build_model
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
 from lexmill.model.directory import write_model_directory
 from lexmill.recipe.report_checks import verification
+from lexmill.runtimes import verify_checks
 from lexmill.runtimes.diagnosis import diagnose_file
 from lexmill.runtimes.gguf_shapes import permute_rope, unpermute_rope
+from lexmill.runtimes.gguf_tokenizer import tokenizer_metadata
 from lexmill.runtimes.llama_cpp import export_gguf
 from lexmill.runtimes.verify import verify
 from lexmill.runtimes.verify_checks import Comparison
@@ -292,17 +294,73 @@ def test_a_planted_fault_is_caught_and_named(
     assert report.to_json()["diagnoses"][0]["runtime"] == f"llama.cpp {type}"
 
 
-def test_what_the_file_cannot_explain_is_said_to_be_the_runtime_s(models, tmp_path, without_transformers):
-    """llama.cpp ends a text at some tokens because of their names; for the rest nothing is made up."""
-    good = models["llama"]
+def with_token(good, folder, text):
+    """A good model whose vocabulary has one more token, special but no stop."""
     value = json.loads(good.tokenizer.json)
-    value["added_tokens"].append({**value["added_tokens"][0], "id": 512, "content": "<reponame>"})
+    value["added_tokens"].append({**value["added_tokens"][0], "id": 512, "content": text})
     named = Tokenizer(json.dumps(value), good.tokenizer.ids, good.tokenizer.chat_template)
-    model = write_model_directory(tmp_path / "m", good.config, good.weights(), named)
+    return write_model_directory(folder, good.config, good.weights(), named)
+
+
+@pytest.mark.parametrize(
+    "text,key", [("<reponame>", "fim_rep"), ("<|file_sep|>", "fim_sep"), ("[PAD]", "fim_pad")]
+)
+def test_a_text_at_which_llama_cpp_would_end_is_kept_from_it(
+    models, tmp_path, without_transformers, text, key
+):
+    """It ends at marks of filling in the middle that it finds by their texts; not where the file gives them an id."""
+    model, key = with_token(models["llama"], tmp_path / "m", text), f"tokenizer.ggml.{key}_token_id"
+    report, failed = checked(model, export_gguf(model, tmp_path / "m.gguf", "f32"))
+    assert not failed and not report.limited
+    report, failed = checked(model, spoiled(model, tmp_path / "open.gguf", "f32", without(key)))
+    assert failed == {"stop tokens"} and report.exit_code == 1
+    (cause,) = [diagnosis.cause for diagnosis in report.diagnoses]
+    assert f"{text!r} because of" in cause and "Export the model again" in cause
+
+
+def test_a_text_that_ends_in_any_file_is_a_limit_only_where_it_is_rare(
+    models, tmp_path, without_transformers, monkeypatch
+):
+    model = with_token(models["llama"], tmp_path / "m", "<eos>")
     path = export_gguf(model, tmp_path / "m.gguf", "f32")
+    report, failed = checked(model, path)  # the random model often writes it
+    assert failed == {"stop tokens"} and "'<eos>' because of" in report.diagnoses[0].cause
+    assert "Export" not in report.diagnoses[0].cause
+    monkeypatch.setattr(verify_checks, "_RARE", 1.0)
     report, failed = checked(model, path)
-    assert failed == {"stop tokens"} and "'<reponame>' because of" in report.diagnoses[0].cause
-    (only,) = diagnose_file("llama.cpp", path, good, {"rounding"})
+    (limit,) = [limit for check in report.checks for limit in check.limits]
+    assert not failed and report.limited and "'<eos>'" in limit
+    # another token that ends a text is no limit
+    fault = setting("tokenizer.ggml.eot_token_id", lambda _: 300)
+    _, failed = checked(model, spoiled(model, tmp_path / "other.gguf", "f32", fault))
+    assert failed == {"stop tokens"}
+
+
+def test_marks_of_a_model_that_fills_in_the_middle_are_left_to_llama_cpp(models):
+    value = json.loads(models["llama"].tokenizer.json)
+    texts = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<reponame>")
+    value["added_tokens"] += [
+        {**value["added_tokens"][0], "id": 512 + number, "content": text} for number, text in enumerate(texts)
+    ]
+    for left, keys in (
+        (4, {}),
+        (3, {}),  # without <reponame> there is nothing to say
+    ):
+        named = Tokenizer(
+            json.dumps({**value, "added_tokens": value["added_tokens"][: 4 + left]}),
+            models["llama"].tokenizer.ids,
+        )
+        assert not any(".fim_" in key for key in tokenizer_metadata(named, 520, "m")), keys
+    del value["added_tokens"][4]  # no prefix, so nothing is filled in
+    for number, token in enumerate(value["added_tokens"]):
+        token["id"] = number if number < 4 else 508 + number
+    named = Tokenizer(json.dumps(value), models["llama"].tokenizer.ids)
+    assert tokenizer_metadata(named, 520, "m")["tokenizer.ggml.fim_rep_token_id"].value == named.ids.eos
+
+
+def test_what_the_file_cannot_explain_is_said_to_be_the_runtime_s(models, tmp_path):
+    path = export_gguf(models["llama"], tmp_path / "m.gguf", "f32")
+    (only,) = diagnose_file("llama.cpp", path, models["llama"], {"rounding"})
     assert "Nothing in the file explains what was found in rounding" in only.cause
 
 

@@ -20,6 +20,7 @@ from lexmill.runtimes import (
     verify_checks,
     verify_reference,
     verify_report,
+    verify_tolerances,
 )
 from lexmill.runtimes.huggingface import export_huggingface
 from lexmill.runtimes.llama_cpp import LlamaCpp, RuntimeFailure, export_gguf
@@ -96,7 +97,7 @@ def test_all_runtimes_agree(tmp_path, models, shape):
         }
     else:
         assert not wrong and report.passed and report.exit_code == 0, wrong
-    assert len(report.checks) == 7 + 4 * 8 + 2  # of which `rounding`, for bf16 and q8_0
+    assert len(report.checks) == 7 + 4 * 8 + 3  # of which `rounding`, but for f32
     assert {"transformers", "llama.cpp f32", "llama.cpp q8_0"} <= {check.runtime for check in report.checks}
     json.dumps(report.to_json())
     exact = [check for check in report.checks if check.runtime == "llama.cpp f32" and check.check == "logits"]
@@ -250,7 +251,7 @@ def test_a_slightly_wrong_file_fails_too(tmp_path, models, without_transformers,
     assert "weights" in failed(verify(models("llama").path, [file], prompts=["The"], tokens=4))
 
 
-@pytest.mark.parametrize("type", ["bf16", "q8_0"])
+@pytest.mark.parametrize("type", ["bf16", "q8_0", "q4_1", "q5_1"])
 def test_rounded_activations_explain_what_llama_cpp_does(tmp_path, models, type):
     """lexmill with its activations rounded is far nearer to llama.cpp than without; so is each kind of product."""
     model, texts = models("llama"), [[5, 80, 200], [17], [300, 12, 9, 44, 131]]
@@ -258,13 +259,15 @@ def test_rounded_activations_explain_what_llama_cpp_does(tmp_path, models, type)
     reference = verify_reference.Reference(load(model.path), model, ["The"], 2)
     with GGUFFile.open(file) as opened:
         own = reference.with_weights(
-            llama_cpp.file_weights(opened, model), llama_cpp.file_types(opened, model)
+            llama_cpp.file_weights(opened, model),
+            llama_cpp.file_types(opened, model),
+            llama_cpp.file_offsets(opened, model),
         )
     with LlamaCpp(file, threads=1) as runtime:
         theirs = runtime.logprobs(texts, 512)
     plain, rounded = (
-        np.median([np.abs(own.row(ids, rounded=flag) - row).max() for ids, row in zip(texts, theirs)])
-        for flag in (False, True)
+        np.median([np.abs(own._rows(ids, within)[-1] - row).max() for ids, row in zip(texts, theirs)])
+        for within in (None, own._rounded)
     )
     assert rounded < plain / 3
 
@@ -295,11 +298,11 @@ class Choosy:
 def test_another_choice_is_a_tie_only_within_the_gap(models):
     model = models("llama")
     reference = verify_reference.Reference(load(model.path), model, ["The"], 8)
-    loose = verify_checks.Tolerance(1.0, "KL", 100.0)
+    loose = verify_tolerances.Tolerance(1.0, "KL", 100.0)
     check = verify_checks.Comparison("x", Choosy(reference, 0), reference, loose).greedy()
     assert check.passed and not check.ties and "identical" in check.detail
     for tolerance in (
-        verify_checks.TOLERANCES["q8_0"],
+        verify_tolerances.TOLERANCES["q8_0"],
         loose,
     ):  # loose: its own probabilities do not excuse it
         check = verify_checks.Comparison("x", Choosy(reference, 3), reference, tolerance).greedy()
@@ -314,7 +317,7 @@ def test_ties_are_told_apart_from_equal_texts(models):
         def logprobs(self, prompts, vocabulary):
             return super().logprobs(prompts, vocabulary) + 50 * (np.arange(vocabulary) % 2)
 
-    loose = verify_checks.Tolerance(1.0, "KL", 100.0)
+    loose = verify_tolerances.Tolerance(1.0, "KL", 100.0)
     check = verify_checks.Comparison("x", Rounding(reference, 1), reference, loose).greedy()
     assert check.passed and check.ties == len(reference.greedy) and "but for ties" in check.detail
     rows = verify_report.VerifyReport("m", {}, (check,)).table_rows()
@@ -327,8 +330,8 @@ def test_verify_finds_a_broken_transformers_directory(tmp_path, models, monkeypa
     reference = verify_reference.Reference
 
     class Turned(reference):
-        def row(self, ids):
-            return super().row(ids) + (np.arange(self.vocabulary) == 9) * 1e-3
+        def _rows(self, *arguments):
+            return super()._rows(*arguments) + (np.arange(self.vocabulary) == 9) * 1e-3
 
     monkeypatch.setattr("lexmill.runtimes.verify_reference.Reference", Turned)
     report = verify(model.path, prompts=["The"], tokens=4)

@@ -176,6 +176,59 @@ def test_attention_in_blocks(causal, groups):
     assert agree(gradients(ours, (q, k, v), torch.bfloat16), expected, 0.05)
 
 
+@pytest.mark.parametrize("at_most", ["avx512_bf16", "amx"])
+@pytest.mark.parametrize("sees", ["all", "causal", "documents"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "heads", "kv_heads"),
+    [(64, 64, 64, 2, 2), (70, 70, 24, 4, 2), (33, 65, 40, 2, 1), (5, 3, 2, 1, 1), (32, 200, 136, 1, 1)],
+)
+def test_compiled_attention(at_most, sees, biased, queries, keys, width, heads, kv_heads):
+    torch.manual_seed(queries)
+    some = kernels.load(at_most)
+    try:
+        if some is None or some.instruction_set != at_most:
+            pytest.skip(f"this machine has no {at_most}")
+        if sees == "causal" and queries > keys:
+            pytest.skip("the first queries would see nothing")
+        # heads behind each other, or side by side as a projection leaves them
+        q = torch.randn(2, queries, heads, width).bfloat16().transpose(1, 2)
+        k, v = (torch.randn(2, kv_heads, keys, width).bfloat16() for _ in range(2))
+        mask = None
+        if sees == "documents":
+            document = torch.arange(max(queries, keys)) // 11
+            mask = (document[None, None, :keys] == document[None, :queries, None]).expand(2, 1, queries, keys)
+            mask = mask | (torch.arange(keys) == 0)  # each sees something
+        bias = torch.randn(1, heads, queries, keys) if biased else None
+        scope = Scope(mask, sees == "causal", bias=bias)
+
+        def ours(q, k, v, *bias):
+            scope = Scope(mask, sees == "causal", bias=bias[0].float() if bias else None)
+            found = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), scope, width**-0.5)
+            assert "_Compiled" in type(found.grad_fn).__name__
+            return found
+
+        def plain(q, k, v, *bias):
+            k, v = (part.repeat_interleave(heads // kv_heads, 1) for part in (k, v))
+            scores = q @ k.mT * width**-0.5 + (bias[0] if bias else 0)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
+            elif scope.causal:
+                seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+                scores = scores.masked_fill(~seen, -torch.inf)
+            return scores.softmax(-1) @ v
+
+        inputs = (q, k, v) if bias is None else (q, k, v, bias)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lexmill.model.attend.kernels_for", lambda tensor: some)
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                found = gradients(ours, inputs, torch.float32)
+                assert agree(found, gradients(plain, inputs, torch.float64), 0.02)
+    finally:
+        kernels.load()
+
+
 def test_rotation_and_its_gradient():
     x, table = torch.randn(3, 11, 4, 16), rotary_table(torch.arange(11)[None], 16, 10000.0)
 

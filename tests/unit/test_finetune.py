@@ -1,11 +1,21 @@
-"""Chat fine-tuning: which tokens are targets."""
+"""Chat fine-tuning: which tokens are targets, which rows are held out, and what a run will cost."""
+
+import json
 
 import numpy as np
 import pytest
 
-from lexmill.errors import DataError
-from lexmill.finetune.chat import chat_example, fit
-from lexmill.finetune.stage import Replay, join_conversations
+from lexmill.config import apply_overrides, from_mapping
+from lexmill.data.documents import read_documents
+from lexmill.errors import ConfigError, DataError, FileError
+from lexmill.finetune.chat import Replay, chat_example, fit, join_conversations
+from lexmill.finetune.config import FinetuneConfig
+from lexmill.finetune.plan import plan_finetuning
+from lexmill.finetune.rows import read_split
+from lexmill.model.adapter import LoraConfig
+from lexmill.model.build import build_model
+from lexmill.model.directory import ModelDirectory
+from lexmill.model.lora import begin_adapter
 from lexmill.train.examples import IGNORED
 
 
@@ -66,8 +76,74 @@ def test_joined_conversations_are_used_once_each():
 
 
 def test_replay_draws_about_as_much_text_as_asked(documents, tokenizer):
-    replay = Replay(documents / "train.parquet", tokenizer, 64)
+    replay = Replay(read_documents(documents / "train.parquet"), tokenizer, 64)
     pieces = replay.draw(1000, np.random.default_rng(0))
     assert 1000 <= sum(len(piece.tokens) for piece in pieces) < 1064
     assert all(len(piece.tokens) <= 64 for piece in pieces)
     assert replay.draw(0, np.random.default_rng(0)) == []
+
+
+# Rows of a file
+
+
+def talks(path, count):
+    rows = [
+        {"messages": [{"role": "user", "content": f"q {number}"}, {"role": "assistant", "content": "a"}]}
+        for number in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def test_a_file_is_split_by_content(tmp_path):
+    path = talks(tmp_path / "talks.jsonl", 200)
+    parts = {split: [one.id for one in read_split(path, split, 0.2, 7)] for split in ("train", "validation")}
+    assert not set(parts["train"]) & set(parts["validation"]) and sum(map(len, parts.values())) == 200
+    assert 20 < len(parts["validation"]) < 60
+    lines = path.read_text("utf-8").splitlines()
+    path.write_text("\n".join(reversed(lines)) + "\n", "utf-8")
+    assert [one.id for one in read_split(path, "train", 0.2, 7)] == parts["train"][::-1]
+    assert not list(read_split(path, "validation", 0.0, 7))
+
+
+def test_a_file_of_its_own_is_held_out(tmp_path, documents):
+    path, held = talks(tmp_path / "talks.jsonl", 9), talks(tmp_path / "held.jsonl", 4)
+    assert len(list(read_split(path, "train", 0.5, 0, held))) == 9
+    assert len(list(read_split(path, "validation", 0.5, 0, held))) == 4
+    folder = list(read_split(documents, "train", 0.5, 0))
+    assert [one.id for one in folder] == [one.id for one in read_documents(documents / "train.parquet")]
+    with pytest.raises(FileError, match="no such data"):
+        list(read_split(tmp_path / "nowhere", "train", 0.1, 0))
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig()], ids=["whole", "adapter"])
+def test_what_is_not_said_is_chosen(lora):
+    chosen = FinetuneConfig(steps=1, lora=lora)
+    assert chosen.optimizer == ("adamw" if lora else "muon") and chosen.learning_rate > 0
+    told = FinetuneConfig(steps=1, lora=lora, optimizer="muon", learning_rate=0.25)
+    assert (told.optimizer, told.learning_rate) == ("muon", 0.25)
+
+
+def test_settings_of_an_adapter_come_from_a_table():
+    table = apply_overrides({"steps": 1, "lora": {}}, ["lora.rank=4", "lora.rank_pattern.q_proj=2"])
+    config = from_mapping(FinetuneConfig, table, "finetune")
+    assert config.lora.rank == 4 and config.lora.rank_pattern == {"q_proj": 2}
+    with pytest.raises(ConfigError, match="Did you mean 'rank'"):
+        from_mapping(FinetuneConfig, {"steps": 1, "lora": {"rnk": 4}}, "finetune")
+
+
+def test_a_plan_counts_what_learns(model_path):
+    shape = ModelDirectory.open(model_path).config
+    settings = {"steps": 10, "rows": 4, "row_length": 64}
+    loras = (None, LoraConfig(rank=4), LoraConfig(rank=4, quantise="q4_1"))
+    plans = [plan_finetuning(FinetuneConfig(**settings, lora=lora), shape, seconds=0) for lora in loras]
+    whole, adapter, quantised = plans
+    assert whole.learning == whole.parameters.total > 4 * adapter.learning
+    assert adapter.memory.gradients == 4 * adapter.learning and adapter.checkpoint == 12 * adapter.learning
+    model = build_model(shape)
+    made = begin_adapter(model, LoraConfig(rank=4), 0)
+    assert adapter.learning == made.parameters
+    assert quantised.memory.weights < adapter.memory.weights
+    assert adapter.step_flops < whole.step_flops
+    again = FinetuneConfig(**settings, lora=LoraConfig(rank=4), gradient_checkpointing=True)
+    assert plan_finetuning(again, shape, seconds=0).memory.step < adapter.memory.step

@@ -42,10 +42,20 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(
-    "family, sharding", [("llama", "replicate"), ("llama", "shard"), ("bert", "replicate"), ("t5", "shard")]
+    "options",
+    [
+        ("family=llama", "sharding=replicate"),
+        ("family=llama", "sharding=shard"),
+        ("family=bert", "sharding=replicate"),
+        ("family=t5", "sharding=shard"),
+        ("lora=q8_0", "sharding=replicate"),
+        pytest.param(
+            ("lora=float32", "sharding=shard", "gradient_checkpointing=true"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=" ".join,
 )
-def test_two_processes_give_the_curve_of_one(family, sharding, tmp_path):
-    options = (f"family={family}", f"sharding={sharding}")
+def test_two_processes_give_the_curve_of_one(options, tmp_path):
     alone, weights, _ = run(tmp_path / "one", 1, *options)
     together, shared, _ = run(tmp_path / "two", 2, *options)
     assert len(alone) == len(together) == 12

@@ -295,6 +295,7 @@ def test_report_is_written(tmp_path):
         "tolerance": 0,
         "detail": "x",
         "ties": 0,
+        "limits": [],
     }
 
 

@@ -41,18 +41,28 @@ def hf(
 def gguf(
     model: Model,
     out: Out,
-    type: Annotated[str, typer.Option("--type", help=_TYPES)] = "f16",
+    type: Annotated[
+        str,
+        typer.Option(
+            "--type", help=_TYPES + " Of an adapter: f32, f16, bf16.", show_default="f16; adapters f32"
+        ),
+    ] = "",
     imatrix: Annotated[
         Path | None,
         typer.Option("--imatrix", help="An importance matrix, made by lexmill imatrix.", show_default=False),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """A GGUF file for llama.cpp."""
+    """A GGUF file for llama.cpp; of an adapter directory an adapter file, for its --lora."""
     from lexmill.inference.language_model import find_model
+    from lexmill.model.adapter_files import is_adapter
+    from lexmill.runtimes.gguf_adapter import export_adapter_gguf
     from lexmill.runtimes.llama_cpp import export_gguf
 
-    export_gguf(find_model(model), out, type, make_progress(quiet), imatrix)
+    if is_adapter(model):
+        export_adapter_gguf(model, out, type or "f32")
+    else:
+        export_gguf(find_model(model), out, type or "f16", make_progress(quiet), imatrix)
     typer.echo(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -86,9 +96,11 @@ def ollama(
 
     from lexmill.errors import ConfigError
     from lexmill.inference.language_model import find_model
+    from lexmill.model.adapter_files import AdapterDirectory, is_adapter
     from lexmill.model.directory import ModelDirectory
+    from lexmill.runtimes.gguf_adapter import export_adapter_gguf
     from lexmill.runtimes.llama_cpp import export_gguf
-    from lexmill.runtimes.ollama import create, describe, install, write_modelfile
+    from lexmill.runtimes.ollama import ADAPTERS_UNTIL, create, describe, install, write_modelfile
     from lexmill.runtimes.ollama_api import OllamaServer
     from lexmill.runtimes.ollama_names import ModelName
     from lexmill.runtimes.ollama_store import Store, default_store
@@ -101,21 +113,27 @@ def ollama(
         raise ConfigError(
             "Without a template 'ollama create' adds one that it guesses.", "Use --no-template with --store."
         )
-    directory, called = ModelDirectory.open(find_model(model)), ModelName.parse(name) if name else None
-    progress = make_progress(quiet)
+    found = AdapterDirectory.open(model) if is_adapter(model) else None
+    directory = found.base if found else ModelDirectory.open(find_model(model))
+    called, progress = ModelName.parse(name) if name else None, make_progress(quiet)
     describe(directory, system, template)  # what cannot be is said before anything is written
+    if found:
+        typer.echo(ADAPTERS_UNTIL)
     if out:
         gguf = gguf or export_gguf(directory, out.parent / f"model-{type.lower()}.gguf", type, progress)
-        write_modelfile(directory, gguf, out, system)
-        typer.echo(f"written to {out}, for {gguf}")
+        adapter = export_adapter_gguf(found, out.parent / "adapter.gguf") if found else None
+        write_modelfile(directory, gguf, out, system, adapter)
+        typer.echo(f"written to {out}, for {gguf}" + (f" and {adapter}" if adapter else ""))
         typer.echo(f"Now: ollama create {called or 'my-model'} -f {out}")
-    if called and url:
-        server = OllamaServer(url)
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        extra = export_adapter_gguf(found, Path(folder) / "adapter.gguf") if found and called else None
+        if called and url:
+            server = OllamaServer(url)
             file = gguf or export_gguf(directory, Path(folder) / f"model-{type.lower()}.gguf", type, progress)
-            create(directory, called, server, file, system=system, progress=progress)
-        typer.echo(f"created {called} at {server.address}")
-    if called and (store or not (url or out)):
+            create(directory, called, server, file, system=system, adapter=extra, progress=progress)
+            typer.echo(f"created {called} at {server.address}")
+        if not called or not (store or not (url or out)):
+            return
         place = Store(store or default_store())
         called = install(
             directory,
@@ -125,6 +143,7 @@ def ollama(
             type=type,
             system=system,
             template=template,
+            adapter=extra,
             progress=progress,
         )
         typer.echo(f"installed {called} in {place.root}\nNow: ollama run {called}")

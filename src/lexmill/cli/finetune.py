@@ -1,44 +1,112 @@
-"""`lexmill finetune`: teach a model to answer."""
+"""`lexmill finetune`: teach a model a task, all of it or by an adapter."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from lexmill.cli.options import Json, Model, Out, Quiet, Set, begin_computing, make_progress, print_json
+from lexmill.cli.options import (
+    Json,
+    Model,
+    OutOrNone,
+    Plan,
+    PlanProcesses,
+    Quiet,
+    Set,
+    begin_computing,
+    make_progress,
+    print_json,
+)
 
 
 def finetune(
     model: Model,
-    documents: Annotated[Path, typer.Argument(help="The folder that 'lexmill prepare --kind chat' wrote.")],
-    out: Out,
+    task: Annotated[str, typer.Option("--task", help="What to learn: chat.")] = "chat",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="A file of rows (JSONL, CSV or Parquet), or the folder that 'lexmill prepare' wrote.",
+            show_default=False,
+        ),
+    ] = None,
+    out: OutOrNone = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            "--validation", help="A file of rows to measure on; else a part of --data.", show_default=False
+        ),
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train an adapter; the model stays as it is.")] = False,
     steps: Annotated[int | None, typer.Option(help="Budget in steps.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget in minutes.")] = None,
     overrides: Set = None,
+    plan: Plan = False,
+    processes: PlanProcesses = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune on conversations, with the loss on the replies only. Interrupted, the same command goes on."""
+    """Fine-tune a model on a task. Interrupted, the same command goes on.
+
+    For chat each row has "messages", and the loss is on the replies only. Every setting of a recipe's
+    [finetune] table can be given: --set rows=8 --set lora.rank=32 --set lora.quantise=q4_1
+    """
     begin_computing()
     from lexmill.config import apply_overrides, from_mapping
     from lexmill.devices import process_rank
+    from lexmill.errors import ConfigError
     from lexmill.finetune.stage import FinetuneConfig
     from lexmill.finetune.stage import finetune as run_finetune
     from lexmill.inference.language_model import find_model
     from lexmill.model.directory import ModelDirectory
     from lexmill.recipe.steps import answer_question
 
-    table = {name: value for name, value in {"steps": steps, "minutes": minutes}.items() if value is not None}
-    config = from_mapping(FinetuneConfig, apply_overrides(table, overrides or ()), "finetune")
+    table: dict[str, Any] = {"steps": steps, "minutes": minutes}
+    table = {name: value for name, value in table.items() if value is not None}
+    table = apply_overrides({"task": task, **table, **({"lora": {}} if lora else {})}, overrides or ())
+    config = from_mapping(FinetuneConfig, table, "finetune")
     base = ModelDirectory.open(find_model(model))
-    directory, result = run_finetune(
-        config, base, documents, out, reply=answer_question, progress=make_progress(quiet or json)
+    if plan:
+        _plan(config, base, data, validation, processes, json)
+        return
+    if data is None or out is None:
+        raise ConfigError(
+            "Fine-tuning needs --data and --out.", "Or give --plan, to see what a run will cost."
+        )
+    made, result = run_finetune(
+        config,
+        base,
+        data,
+        out,
+        validation=validation,
+        reply=answer_question,
+        progress=make_progress(quiet or json),
     )
     if process_rank():
         return  # the first process speaks for all
+    kind = "adapter" if config.lora else "model"
     if json:
-        print_json({**vars(result), "model": str(directory.path)})
+        print_json({**vars(result), kind: str(made.path)})
     else:
-        typer.echo(f"{result.steps:,} steps, {result.seconds:.0f} s; model in {directory.path}")
+        typer.echo(f"{result.steps:,} steps, {result.seconds:.0f} s; {kind} in {made.path}")
+
+
+def _plan(
+    config: Any, base: Any, data: Path | None, validation: Path | None, processes: int | None, json: bool
+) -> None:
+    from lexmill.cli.plan import planned_processes, show_plans
+    from lexmill.finetune.plan import plan_finetuning
+
+    world = planned_processes(processes)
+    if world is not None:
+        forecast = plan_finetuning(
+            config,
+            base.config,
+            data=data,
+            validation=validation,
+            tokenizer=base.tokenizer if data else None,
+            world=world,
+        )
+        show_plans({"finetune": forecast}, json)

@@ -21,6 +21,7 @@ from lexmill.cli import (
     generate,
     imatrix,
     import_model,
+    merge,
     next_sentence,
     ollama,
     prepare,
@@ -66,6 +67,7 @@ app.command("prepare")(_guarded(prepare.prepare))
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command("pretrain")(_guarded(pretrain.pretrain))
 app.command("finetune")(_guarded(finetune.finetune))
+app.command("merge")(_guarded(merge.merge))
 app.command("evaluate")(_guarded(evaluate.evaluate))
 app.command("generate")(_guarded(generate.generate))
 app.command("chat")(_guarded(chat.chat))

@@ -47,6 +47,7 @@ def _lines(one: Any) -> list[tuple[str, str]]:
             f"{p.total:,}: {p.embeddings:,} in embeddings, {p.matrices:,} in matrices, "
             f"{p.total - p.embeddings - p.matrices:,} in norms and biases",
         ),
+        *([("learning", f"{one.learning:,}: an adapter; the rest stays")] if one.learning != p.total else []),
         ("tokens", _tokens(one)),
         (
             "operations",
@@ -65,7 +66,7 @@ def _lines(one: Any) -> list[tuple[str, str]]:
     if one.time:
         lines.append(("speed", _speed(one)))
         if one.processes > 1:
-            exchanged = 8 * p.total * (one.processes - 1) / one.processes
+            exchanged = 8 * one.learning * (one.processes - 1) / one.processes
             lines.append(
                 (
                     "",

@@ -25,12 +25,16 @@ def verify(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the checks to this JSON file.")
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Known limits of a runtime count as differences.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Check token ids, logits, written text and embeddings against transformers and llama.cpp.
 
-    Exit code 0: all equal. 1: a difference. 2: something could not be checked.
+    Exit code 0: all equal, but for ties and known limits of a runtime, which are told. 1: a difference.
+    2: something could not be checked.
     """
     begin_computing()
     from lexmill.inference.language_model import find_model
@@ -45,7 +49,7 @@ def verify(
         print_json(report.to_json())
     else:
         show_checks(report.to_json(), console())
-    raise typer.Exit(report.exit_code)
+    raise typer.Exit(1 if strict and report.limited else report.exit_code)
 
 
 def show_checks(report: dict[str, Any], screen: Any) -> None:
@@ -72,7 +76,7 @@ def show_checks(report: dict[str, Any], screen: Any) -> None:
             if not found:
                 cells.append(Text("-"))
                 continue
-            word, style = words[found[0]["passed"]]
+            word, style = ("limit", "yellow") if _limits(found[0]) else words[found[0]["passed"]]
             cells.append(Text(word + ("*" if _with_ties(found[0]) else ""), style))
         table.add_row(name, *cells)
     screen.print(table)
@@ -83,6 +87,12 @@ def show_checks(report: dict[str, Any], screen: Any) -> None:
         elif check["passed"] is not True:
             state = words[check["passed"]][0]
             screen.print(Text(f"{check['runtime']}, {check['check']}: {state}. {check['detail']}"))
+        elif _limits(check):
+            screen.print(
+                Text(f"{check['runtime']}, {check['check']}: equal but for limits. {check['detail']}")
+            )
+        for limit in _limits(check):
+            screen.print(Text(f"Limit of the runtime, which no file changes: {limit}.", "yellow"))
     for diagnosis in report.get("diagnoses", []):
         screen.print(Text(f"Likely cause, {diagnosis['runtime']}: {diagnosis['cause']}", "bold"))
 
@@ -90,3 +100,8 @@ def show_checks(report: dict[str, Any], screen: Any) -> None:
 def _with_ties(check: dict[str, Any]) -> bool:
     """Whether a check passed only because the runtime's rounding explains the texts that differ."""
     return check["passed"] is True and bool(check.get("ties"))
+
+
+def _limits(check: dict[str, Any]) -> list[str]:
+    """What the runtime does otherwise by its own rules, where the check passed up to that."""
+    return list(check.get("limits") or []) if check["passed"] is True else []

@@ -2,14 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from lexmill.errors import DataError
+from lexmill.data.documents import Document
+from lexmill.errors import DataError, ModelError
+from lexmill.finetune.config import FinetuneConfig
+from lexmill.finetune.lesson import Lesson, Splits
+from lexmill.model.directory import ModelDirectory
 from lexmill.tokenizer.special import END_OF_TURN
 from lexmill.tokenizer.tokenizer import Tokenizer
+from lexmill.train.causal import causal_loss
 from lexmill.train.examples import Example, next_token_example
+
+Conversation = list[dict[str, str]]
+
+
+def chat_lesson(config: FinetuneConfig, model: ModelDirectory, splits: Splits) -> Lesson:
+    """Answering: each epoch all conversations, joined at random, and pieces of plain text if asked for.
+
+    Raises:
+        DataError: no conversations.
+        ModelError: the model is no decoder, or has no chat template.
+    """
+    if model.config.shape != "decoder":
+        raise ModelError(
+            f"{model.path}: fine-tuning for chat needs a decoder; this model has the shape '{model.config.shape}'."
+        )
+    tokenizer = model.tokenizer
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{model.path}: this model has no chat template, so a conversation cannot be written for it.",
+            "Put chat_template.jinja into the directory: the template of a model that it descends from.",
+        )
+    length = config.length(model.config)
+    conversations = list(_conversations(splits("train")))
+    if not conversations:
+        raise DataError(
+            "There are no conversations to learn from.", 'Rows with "messages" are conversations.'
+        )
+    replay = Replay(splits("train"), tokenizer, length) if config.text_share else None
+    held_out = itertools.islice(_conversations(splits("validation")), config.validation_rows)
+
+    def examples(epoch: int) -> list[Example]:
+        random = np.random.default_rng([config.seed, epoch, 2])
+        chats = to_examples(join_conversations(conversations, config.join, random), tokenizer, length)
+        tokens = sum(len(example.tokens) for example in chats)
+        share = config.text_share
+        return chats + (replay.draw(round(tokens * share / (1 - share)), random) if replay else [])
+
+    return Lesson(
+        causal_loss,
+        examples,
+        to_examples(held_out, tokenizer, length),
+        length,
+        tokenizer.ids.pad if tokenizer.ids.pad is not None else 0,
+        f"{len(conversations):,} conversations",
+        facts={"conversations": len(conversations)},
+    )
+
+
+def _conversations(documents: Iterable[Document]) -> Iterator[Conversation]:
+    for document in documents:
+        if document.kind == "chat":
+            yield [dict(message) for message in document.messages or ()]
 
 
 def chat_example(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> Example:
@@ -51,3 +109,51 @@ def fit(example: Example, length: int) -> Example | None:
     """The example cut to `length` tokens; None when no target is left."""
     tokens, targets = example.tokens[:length], example.targets[:length]
     return Example(tokens, targets) if (targets >= 0).any() else None
+
+
+def join_conversations(
+    conversations: list[Conversation], most: int, random: np.random.Generator
+) -> list[Conversation]:
+    """Lay up to `most` conversations one behind the other, drawn at random; each is used once.
+
+    A model that has only seen single questions loses its way in a talk of several turns. What
+    begins with a system message stays alone.
+    """
+    joined: list[Conversation] = []
+    room = 0
+    for index in random.permutation(len(conversations)):
+        conversation = conversations[index]
+        alone = conversation[0]["role"] == "system"
+        if room > 0 and not alone:
+            joined[-1] = joined[-1] + conversation
+            room -= 1
+        else:
+            joined.append(list(conversation))
+            room = 0 if alone else int(random.integers(0, most))
+    return joined
+
+
+def to_examples(conversations: Iterable[Conversation], tokenizer: Tokenizer, length: int) -> list[Example]:
+    """Conversations as examples of at most `length` tokens; one whose replies are all cut off is left out."""
+    fitted = (fit(chat_example(conversation, tokenizer), length) for conversation in conversations)
+    return [example for example in fitted if example is not None]
+
+
+class Replay:
+    """Pieces of the training text, to be mixed in."""
+
+    def __init__(self, documents: Iterable[Document], tokenizer: Tokenizer, length: int) -> None:
+        self._length = length
+        texts = [document.text or "" for document in documents if document.kind == "text"]
+        ids = (np.array(one, np.int64) for one in tokenizer.encode_batch(texts, special=False))
+        self._ids = [one for one in ids if len(one) > 1]
+
+    def draw(self, tokens: int, random: np.random.Generator) -> list[Example]:
+        """Pieces of about so many tokens in all; none when there is no text."""
+        pieces: list[Example] = []
+        while tokens > 0 and self._ids:
+            ids = self._ids[int(random.integers(len(self._ids)))]
+            start = int(random.integers(max(len(ids) - self._length, 1)))
+            pieces.append(next_token_example(ids[start : start + self._length + 1]))
+            tokens -= len(pieces[-1].tokens)
+        return pieces

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from lexmill.data.documents import read_documents
+from lexmill.data.documents import Document
 from lexmill.finetune.chat import chat_example
-from lexmill.finetune.stage import FinetuneConfig
+from lexmill.finetune.config import FinetuneConfig
+from lexmill.finetune.rows import read_split
+from lexmill.model.adapter import LoraConfig
+from lexmill.model.build import build_model
 from lexmill.model.config import ModelConfig
+from lexmill.model.lora import add_adapter, begin_adapter
+from lexmill.model.quantised import build_quantised
+from lexmill.model.transformer import Transformer
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.train.causal import causal_loss
-from lexmill.train.cost import Row
+from lexmill.train.cost import Row, adapter_cost
 from lexmill.train.examples import IGNORED
 from lexmill.train.forecast import CALIBRATION_SECONDS, Data, Forecast, forecast
 
@@ -24,28 +33,53 @@ def plan_finetuning(
     config: FinetuneConfig,
     shape: ModelConfig,
     *,
-    documents: Path | None = None,
+    data: Path | None = None,
+    validation: Path | None = None,
     tokenizer: Tokenizer | None = None,
     world: int = 1,
     seconds: float = CALIBRATION_SECONDS,
 ) -> Forecast:
     """Say what `finetune` with these settings will cost for a model of this shape.
 
-    Without documents and tokenizer every token counts as a target: more work for the head than
+    Without data and tokenizer every token counts as a target: more work for the head than
     there will be.
     """
-    length = config.row_length or shape.context
-    row, data = Row(length, length), None
-    if documents is not None and tokenizer is not None:
-        row, data = _look_at(documents / "train.parquet", tokenizer, config, length)
-    return forecast(config, shape, causal_loss, row, data=data, world=world, seconds=seconds)
+    length = config.length(shape)
+    row, found = Row(length, length), None
+    if data is not None and tokenizer is not None:
+        documents = read_split(data, "train", config.validation_fraction, config.seed, validation)
+        row, found = _look_at(documents, tokenizer, config, length)
+    lora = config.lora
+    return forecast(
+        config,
+        shape,
+        causal_loss,
+        row,
+        data=found,
+        world=world,
+        seconds=seconds,
+        adapter=adapter_cost(shape, lora) if lora else None,
+        build=partial(_any_weights, shape, lora) if lora else None,
+    )
+
+
+def _any_weights(shape: ModelConfig, lora: LoraConfig) -> Transformer:
+    """A model with an adapter as the run has it, of weights that mean nothing."""
+    model = build_model(shape)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, 0.02)
+    if lora.quantise:
+        model, _ = build_quantised(shape, model.weights(), lora.quantise)
+    add_adapter(model, begin_adapter(model, lora, seed=0))
+    return model
 
 
 def _look_at(
-    path: Path, tokenizer: Tokenizer, config: FinetuneConfig, length: int
+    documents: Iterator[Document], tokenizer: Tokenizer, config: FinetuneConfig, length: int
 ) -> tuple[Row, Data | None]:
     """What rows hold, and how many tokens there are, by the first conversations."""
-    chats = (document for document in read_documents(path) if document.kind == "chat")
+    chats = (document for document in documents if document.kind == "chat")
     sample = [
         chat_example([dict(message) for message in document.messages or ()], tokenizer)
         for document in itertools.islice(chats, _SAMPLE)

@@ -15,6 +15,7 @@ from lexmill.errors import ConfigError, DataError, FileError, ModelError
 from lexmill.inference.beams import Hypothesis, beam_search
 from lexmill.inference.generation import GenerationConfig, Step, generate
 from lexmill.inference.sampling import SamplingConfig, log_softmax
+from lexmill.model.adapter_files import AdapterDirectory, is_adapter
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.sentence_files import read_pooling
@@ -409,6 +410,7 @@ def find_model(path: Path | str) -> Path:
 
     Raises:
         FileError: it is neither.
+        ModelError: it is an adapter.
     """
     path = Path(path)
     if not path.exists():
@@ -417,20 +419,35 @@ def find_model(path: Path | str) -> Path:
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
+    if is_adapter(path):
+        raise ModelError(
+            f"{path} holds an adapter, and this needs a whole model.",
+            f"Make one: lexmill merge {path} --out MODEL",
+        )
     raise FileError(
         f"{path} is neither a model directory (it has no config.json) nor a finished run.",
         "Give a model directory or a run directory such as runs/quickstart.",
     )
 
 
-def load(path: Path | str) -> LanguageModel:
-    """Load a model directory, or the final model of a run directory.
+def load(path: Path | str, *, base: Path | str | None = None, quantise: str = "") -> LanguageModel:
+    """Load a model directory, the final model of a run directory, or an adapter on its base.
+
+    Args:
+        base: the model of an adapter, if not the one that it names.
+        quantise: "q8_0", "q4_1" or "q4_0" keeps the matrices in 8 or 4 bits: less memory, slower, not quite
+            the same answers.
 
     Raises:
         FileError, FormatError, ModelError: the directory is incomplete, damaged or not supported.
     """
     from lexmill.inference.torch_backend import load_model
 
-    directory = ModelDirectory.open(find_model(path))
+    adapter = None
+    if is_adapter(path):
+        opened = AdapterDirectory.open(path, find_model(base) if base is not None else None)
+        directory, adapter = opened.base, opened.adapter
+    else:
+        directory = ModelDirectory.open(find_model(path))
     tokenizer = directory.tokenizer if directory.has_tokenizer else None
-    return LanguageModel(load_model(directory), tokenizer, directory.path)
+    return LanguageModel(load_model(directory, adapter, quantise), tokenizer, directory.path)

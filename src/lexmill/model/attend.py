@@ -29,6 +29,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float) -> Tenso
         k, v: (batch, kv_heads, keys, head_width).
     """
     if learns_on_cpu(q, k, v) and k.shape[2] <= _LONGEST_IN_BLOCKS:
+        compiled = kernels_for(q)
+        if compiled and compiled.attends and q.dtype == torch.bfloat16 and q.shape[3] % 2 == 0:
+            return _Compiled.apply(q, k, v, scope.mask_by_key, scope.bias, scope.causal, scale, compiled)
         return _Blocks.apply(q, k, v, scope.mask, scope.bias, scope.causal, scale)
     mask = _float_mask(scope, q.dtype, q.shape[2], k.shape[2]) if scope.bias is not None else scope.mask
     causal = scope.causal and mask is None and q.shape[2] > 1
@@ -78,6 +81,26 @@ def _hide(scores: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool
     elif causal:
         own = scores[..., keys - queries :]
         own.masked_fill_(_above_diagonal(queries, scores.device), float("-inf"))
+
+
+class _Compiled(torch.autograd.Function):
+    """Attention in compiled code; keeps no weights, but computes them again on the way back."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, bias, causal, scale, compiled):  # type: ignore[override]
+        by_key = None if bias is None else bias[0].mT.float().contiguous()
+        causal = causal and mask is None
+        out, ctx.kept = compiled.attention(q, k, v, scale, mask=mask, bias=by_key, causal=causal)
+        ctx.compiled, ctx.with_bias = compiled, bias is not None and bias.requires_grad
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[override]
+        if gradient.stride(-1) != 1:
+            gradient = gradient.contiguous()
+        kept, ctx.kept = ctx.kept, None
+        dq, dk, dv, dbias = ctx.compiled.attention_back(kept, gradient, with_bias=ctx.with_bias)
+        return dq, dk, dv, None, None if dbias is None else dbias.mT[None], None, None, None
 
 
 class _Blocks(torch.autograd.Function):

@@ -56,9 +56,14 @@ class Attention(nn.Module):
         The three matrices are laid side by side for one product: it is faster than three.
         """
         config = self.config
-        weight = torch.cat([self.q.weight, self.k.weight, self.v.weight])
-        bias = torch.cat([self.q.bias, self.k.bias, self.v.bias]) if config.qkv_bias else None
-        qkv = F.linear(x, weight, bias).unflatten(-1, (-1, config.head_width))
+        parts = (self.q, self.k, self.v)
+        if all(type(part) is nn.Linear for part in parts):
+            weight = torch.cat([part.weight for part in parts])
+            bias = torch.cat([part.bias for part in parts]) if config.qkv_bias else None
+            joined = F.linear(x, weight, bias)
+        else:  # adapted or quantised layers
+            joined = torch.cat([part(x) for part in parts], -1)
+        qkv = joined.unflatten(-1, (-1, config.head_width))
         q, k, v = qkv.split([config.heads, config.kv_heads, config.kv_heads], dim=2)
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)

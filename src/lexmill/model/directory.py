@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +83,32 @@ class ModelDirectory:
         """How it is stored: "F32", "BF16" or "F16"."""
         return self._weights.dtype(self._stored[own_name])
 
-    def stored_tensors(self, dtype: str = "") -> list[TensorToWrite]:
+    def stored_tensors(
+        self, dtype: str = "", changed: Mapping[str, np.ndarray] | None = None
+    ) -> list[TensorToWrite]:
         """Every tensor of the files, those that the model does not use among them, for writing anew.
 
         Args:
             dtype: "F32", "F16" or "BF16" to convert what is a real number; "" leaves all as it is.
+            changed: weights by lexmill's names, float32, that take the place of those in the files; each is
+                asked for when its turn comes.
         """
+        owns: dict[str, list[str]] = {}
+        for own, stored in self._stored.items():
+            if changed is not None and own in changed:
+                owns.setdefault(stored, []).append(own)
 
         def row(name: str) -> TensorToWrite:
             stored, shape = self._weights.dtype(name), self._weights.shape(name)
+            if name in owns:
+                assert changed is not None
+                parts, kind = (
+                    [functools.partial(changed.__getitem__, own) for own in owns[name]],
+                    dtype or stored,
+                )
+                return TensorToWrite(
+                    name, kind, shape, lambda: convert(np.concatenate([part() for part in parts]), kind)
+                )
             if not dtype or stored not in DTYPE_NAMES or stored == dtype:
                 return TensorToWrite(name, stored, shape, lambda: self._weights.array(name))
             return TensorToWrite(name, dtype, shape, lambda: convert(self._weights.float32(name), dtype))
@@ -106,6 +123,10 @@ class ModelDirectory:
     def weights(self) -> dict[str, np.ndarray]:
         """Every weight as float32, by lexmill's names."""
         return {own: self.weight(own) for own in self._names}
+
+    def weights_on_demand(self) -> Mapping[str, np.ndarray]:
+        """The same, each read when it is asked for and not kept."""
+        return _StoredWeights(self, self._names)
 
     @classmethod
     def open(cls, path: Path | str) -> ModelDirectory:
@@ -140,6 +161,22 @@ class ModelDirectory:
             )
         lineage = read_json(path / LINEAGE_FILE, "lineage") if (path / LINEAGE_FILE).is_file() else {}
         return cls(path, config, tokenizer, lineage if isinstance(lineage, dict) else {}, weights)
+
+
+class _StoredWeights(Mapping[str, np.ndarray]):
+    """A directory's weights, none of them in memory before its turn."""
+
+    def __init__(self, model: ModelDirectory, names: Collection[str]) -> None:
+        self._model, self._names = model, names
+
+    def __getitem__(self, own: str) -> np.ndarray:
+        return self._model.weight(own)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def has_tokenizer(path: Path) -> bool:

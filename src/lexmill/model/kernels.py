@@ -20,15 +20,22 @@ from torch import Tensor
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 DTYPES = (torch.float32, torch.bfloat16)
 _NAMES = {"linux": "_kernels.so", "darwin": "_kernels.dylib"}
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
-def _struct(name: str, numbers: str, addresses: str, factor: str = "") -> Any:
+def _struct(
+    name: str, numbers: str, addresses: str, factor: str = "", first: tuple[str, Any] | None = None
+) -> Any:
     """A struct of `native/training.h`: whole numbers, then addresses, then perhaps one real number."""
-    fields: list[tuple[str, Any]] = [(field, c_int64) for field in numbers.split()]
+    fields: list[tuple[str, Any]] = [] if first is None else [first]
+    fields += [(field, c_int64) for field in numbers.split()]
     fields += [(field, c_void_p) for field in addresses.split()]
     fields += [(field, c_float) for field in factor.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+def _strides(*tensors: str) -> str:
+    return " ".join(f"{tensor}_{axis}" for tensor in tensors for axis in ("batch", "head", "time"))
 
 
 _STRUCTS = {
@@ -54,7 +61,19 @@ _STRUCTS = {
     "softmax": _struct("Softmax", "rows keys queries causal is_bf16", "scores", "scale"),
     "softmax_back": _struct("SoftmaxBack", "rows keys is_bf16", "share gradient", "scale"),
     "cross_entropy": _struct("CrossEntropy", "rows vocabulary is_bf16", "logits targets bias lost"),
+    "attention": _struct(
+        "Attention",
+        "batch heads kv_heads queries keys width causal masks " + _strides("q", "k", "v", "out"),
+        "q k v out log_sums mask bias",
+        "scale",
+    ),
 }
+_STRUCTS["attention_back"] = _struct(
+    "AttentionBack",
+    _strides("gradient", "to_q", "to_k", "to_v"),
+    "gradient to_q to_k to_v to_bias",
+    first=("forward", _STRUCTS["attention"]),
+)
 
 
 class Kernels:
@@ -66,7 +85,12 @@ class Kernels:
         for name, call in self._calls.items():
             call.argtypes, call.restype = [POINTER(_STRUCTS[name]), ctypes.c_int], None
 
-    def _run(self, name: str, *values: int | float) -> None:
+    @property
+    def attends(self) -> bool:
+        """Whether there is compiled attention."""
+        return self.instruction_set in ("avx512_bf16", "amx")
+
+    def _run(self, name: str, *values: Any) -> None:
         self._calls[name](_STRUCTS[name](*values), torch.get_num_threads())
 
     def add_norm(
@@ -173,6 +197,50 @@ class Kernels:
         sizes = share.numel() // keys, keys, _is_bf16(share)
         self._run("softmax_back", *sizes, *_addresses(share, gradient), scale)
 
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        *,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        causal: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """softmax(scale * Q Kᵀ + bias) V, (batch, heads, queries, head_width), in memory (batch, queries, heads, …).
+
+        Args:
+            q, k, v: (batch, heads or kv_heads, queries or keys, head_width), bfloat16, the last axis dense.
+            mask: (batch or 1, keys, queries) booleans: what is seen; instead of `causal`.
+            bias: (heads, keys, queries), float32.
+
+        Returns:
+            The result, and what `attention_back` needs; it holds on to the tensors.
+        """
+        batch, heads, queries, width = q.shape
+        out = _heads_last(q)
+        log_sums = torch.empty(batch, heads, queries)
+        sizes = batch, heads, k.shape[1], queries, k.shape[2], width, causal, 0 if mask is None else len(mask)
+        tensors = q, k, v, out
+        strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+        addresses = *_addresses(*tensors, dense=False), *_addresses(log_sums), _address(mask), _address(bias)
+        struct = _STRUCTS["attention"](*sizes, *strides, *addresses, scale)
+        self._calls["attention"](struct, torch.get_num_threads())
+        return out, (struct, q, k, v, out.detach(), log_sums, mask, bias)
+
+    def attention_back(
+        self, kept: Any, gradient: Tensor, *, with_bias: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The gradients of q, k, v, and with `with_bias` of the bias."""
+        struct, q, k, v, _, _, _, bias = kept
+        to_q, to_k, to_v = (_heads_last(tensor) for tensor in (q, k, v))
+        to_bias = torch.empty_like(bias) if with_bias else None
+        tensors = gradient, to_q, to_k, to_v
+        strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+        self._run("attention_back", struct, *strides, *_addresses(*tensors, dense=False), _address(to_bias))
+        return to_q, to_k, to_v, to_bias
+
     def cross_entropy(self, logits: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
         """The cross-entropy of each row, (rows,) in nats; the logits become their gradient.
 
@@ -195,6 +263,12 @@ def _is_bf16(tensor: Tensor) -> bool:
 def _addresses(*tensors: Tensor, dense: bool = True) -> tuple[int, ...]:
     assert not dense or all(tensor.is_contiguous() for tensor in tensors)
     return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def _heads_last(like: Tensor) -> Tensor:
+    """An empty tensor (batch, heads, time, width) that lies in memory as (batch, time, heads, width)."""
+    batch, heads, time, width = like.shape
+    return torch.empty(batch, time, heads, width, dtype=like.dtype).transpose(1, 2)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -224,7 +298,7 @@ def _openmp() -> tuple[int, int, int] | None:
     return first, second, third
 
 
-def load(at_most: str = "avx512") -> Kernels | None:
+def load(at_most: str = "amx") -> Kernels | None:
     """The kernels with the best instruction set of this machine up to `at_most`, or None.
 
     The set is the process's: an earlier result uses it from then on, too.

@@ -249,3 +249,58 @@ def find_name(name: WeightName, present: Collection[str]) -> str | None:
             if candidate in present:
                 return candidate
     return None
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer as Hugging Face names it, and what it is here.
+
+    Attributes:
+        huggingface: the path of the module in transformers' model, e.g. "model.layers.0.self_attn.q_proj".
+        owns: our modules; several where transformers holds them as one, rows behind rows.
+        rows: outputs of each.
+        inputs: of all.
+        rope: as in `WeightName`.
+        gguf: the name of the weight in a GGUF file, "" where llama.cpp has no place for it.
+    """
+
+    huggingface: str
+    owns: tuple[str, ...]
+    rows: tuple[int, ...]
+    inputs: int
+    rope: str = ""
+    gguf: str = ""
+
+    @property
+    def outputs(self) -> int:
+        return sum(self.rows)
+
+
+def matrices_in_blocks(config: ModelConfig) -> frozenset[str]:
+    """Our names of the weights of linear layers inside blocks: what may be kept in few bits."""
+    layers = linear_layers(config)
+    return frozenset(f"{own}.weight" for layer in layers for own in layer.owns if ".blocks." in own)
+
+
+# Weights that are looked up, not multiplied.
+_LOOKED_UP = ("embed.weight", "relative.weight")
+
+
+def linear_layers(config: ModelConfig) -> list[LinearLayer]:
+    """Every linear layer of a model of this shape, in the order of the table; a tied head is none."""
+    shapes = weight_shapes(config)
+    found: dict[str, list[WeightName]] = {}
+    for name in weight_names(config):
+        if len(shapes[name.own]) == 2 and not name.own.endswith(_LOOKED_UP):
+            found.setdefault(name.huggingface.removesuffix(".weight"), []).append(name)
+    return [
+        LinearLayer(
+            module,
+            tuple(name.own.removesuffix(".weight") for name in names),
+            tuple(shapes[name.own][0] for name in names),
+            shapes[names[0].own][1],
+            names[0].rope,
+            names[0].gguf,
+        )
+        for module, names in found.items()
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ class Scope:
     causal: bool = False
     rotary: tuple[Tensor, Tensor] | None = None
     bias: Tensor | None = None
+
+    @cached_property
+    def mask_by_key(self) -> Tensor | None:
+        """The mask as compiled attention reads it, (batch or 1, keys, queries); made once for all layers."""
+        return None if self.mask is None else self.mask[:, 0].mT.contiguous()
 
 
 @dataclass

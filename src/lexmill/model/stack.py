@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lexmill.model.block import Block
 from lexmill.model.cache import Cache
@@ -13,11 +15,16 @@ from lexmill.model.scope import Record, Scope, window_mask
 
 
 class Stack(nn.Module):
-    """`layers` blocks, the position biases that they share, and the final norm of pre-norm shapes."""
+    """`layers` blocks, the position biases that they share, and the final norm of pre-norm shapes.
+
+    Attributes:
+        recompute: in training keep only what goes into each block, and compute the rest again on the way
+            back (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"); gradients are the same.
+    """
 
     def __init__(self, config: ModelConfig, layers: int, *, causal: bool, cross: bool = False) -> None:
         super().__init__()
-        self.config, self.causal = config, causal
+        self.config, self.causal, self.recompute = config, causal, False
         if config.positions == "relative":
             self.relative = RelativeBias(
                 config.relative_buckets, config.heads, config.relative_distance, causal
@@ -45,7 +52,11 @@ class Stack(nn.Module):
         for index, block in enumerate(self.blocks):
             scope = narrow if self.config.is_local(index) else wide
             layer = cache.layers[index] if cache is not None else None
-            x, beside = block(x, beside, scope, layer, memory, memory_scope, record)
+            inputs = x, beside, scope, layer, memory, memory_scope
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x, beside = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x, beside = block(*inputs, record)
             if record:
                 record.hidden.append(x if self.config.post_norm else x + beside)
         if not self.config.post_norm:

@@ -39,5 +39,6 @@ def plan_costs(recipe: Recipe, run: Path, world: int = 1, seconds: float | None 
     config = recipe.table("pretrain")
     costs = {"pretrain": plan_pretraining(config, vocab_size=size, out=run / "pretrain", **known)}
     if "finetune" in recipe.steps:
+        known["data"] = known.pop("documents")
         costs["finetune"] = plan_finetuning(recipe.table("finetune"), config.shape(size), **known)
     return costs

@@ -9,6 +9,7 @@ from lexmill.recipe import markup
 
 VERDICTS = {True: ("good", "equal"), False: ("bad", "different"), None: ("grey", "not checked")}
 TIED = ("good", "equal*")
+LIMITED = ("grey", "limit")
 
 
 def overall_verdict(checks: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
@@ -16,8 +17,11 @@ def overall_verdict(checks: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]
         return markup.ABSENT, "", ""
     passed = [was_equal(check) for check in checks]
     equal, different, unchecked = passed.count(True), passed.count(False), passed.count(None)
-    tied = sum(map(was_tied, checks))
+    tied, limited = sum(map(was_tied, checks)), sum(map(was_limited, checks))
+    equal -= limited
     more = [f"{tied:,} of them up to ties (equal*)"] if tied else []
+    if limited:
+        more.append(f"{limited:,} up to a limit of the runtime")
     if different:
         more.append(f"{different:,} different")
     if unchecked:
@@ -85,11 +89,14 @@ _TIES = (
 
 def check_row(check: Mapping[str, Any]) -> str:
     tone, word = TIED if was_tied(check) else VERDICTS[was_equal(check)]
+    if was_limited(check):
+        tone, word = LIMITED
     figure, tolerance = (
         "" if check.get(name) is None else markup.show_value(check[name], short=True)
         for name in ("figure", "tolerance")
     )
-    detail = check.get("detail")
+    limits = check.get("limits") or ()
+    detail = "; ".join([str(check.get("detail")), *map(str, limits)]) if limits else check.get("detail")
     return (
         f'<tr><th scope="row">{markup.escaped(check.get("check", ""))}</th>'
         f'<td><span class="tag {tone}">{word}</span></td>'
@@ -108,3 +115,8 @@ def was_equal(check: Mapping[str, Any]) -> bool | None:
 def was_tied(check: Mapping[str, Any]) -> bool:
     """Whether it passed, but not with the same tokens everywhere."""
     return check.get("passed") is True and bool(check.get("ties"))
+
+
+def was_limited(check: Mapping[str, Any]) -> bool:
+    """Whether it passed up to what the runtime does otherwise by its own rules."""
+    return check.get("passed") is True and bool(check.get("limits"))

@@ -151,11 +151,15 @@ def _training_figures(result: Any) -> dict[str, Any]:
 
 
 def _finetune(place: Place) -> dict[str, Any]:
+    from lexmill.devices import process_rank
     from lexmill.finetune.stage import finetune
+    from lexmill.model.adapter_files import AdapterDirectory
     from lexmill.model.directory import ModelDirectory
+    from lexmill.runtimes.merge import merge_adapter
+    from lexmill.train.processes import Processes
 
     base = ModelDirectory.open(place.run / "pretrain" / "model")
-    _, result = finetune(
+    made, result = finetune(
         place.recipe.table("finetune"),
         base,
         place.run / "prepare",
@@ -163,6 +167,10 @@ def _finetune(place: Place) -> dict[str, Any]:
         reply=answer_question,
         progress=place.progress,
     )
+    if isinstance(made, AdapterDirectory):  # the steps that follow take a whole model
+        with Processes.join().first_alone():
+            if not process_rank():
+                merge_adapter(made, place.work / "finetune" / "model", dtype="f32")
     return _training_figures(result)
 
 
@@ -252,6 +260,9 @@ def _verify(place: Place) -> dict[str, Any]:
     return {
         "equal": verdicts.count(True),
         "of these up to ties": sum(1 for check in report.checks if check.passed and check.ties),
+        "of these up to limits of a runtime": sum(
+            1 for check in report.checks if check.passed and check.limits
+        ),
         "different": verdicts.count(False),
         "not checked": verdicts.count(None),
     }

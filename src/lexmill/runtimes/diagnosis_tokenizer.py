@@ -11,7 +11,7 @@ from lexmill.model.directory import ModelDirectory
 from lexmill.runtimes.gguf_kept import same_value
 from lexmill.runtimes.gguf_pre_tokenizers import PRE_TOKENIZERS
 from lexmill.runtimes.gguf_tokenizer import tokenizer_metadata
-from lexmill.runtimes.gguf_vocabulary import END_TEXTS
+from lexmill.runtimes.gguf_vocabulary import END_TEXTS, MIDDLE_TEXTS
 from lexmill.runtimes.verify_report import short
 
 _PREFIX = "tokenizer.ggml."
@@ -178,21 +178,30 @@ _NAMES = {"bos": "BOS", "eos": "EOS", "eot": "end-of-turn", "eom": "end-of-messa
 
 def _ends_by_text(both: _Both) -> Iterator[str]:
     texts = both.meant[_PREFIX + "tokens"].value
-    known = [
-        text for at, text in enumerate(texts) if text in (*END_TEXTS, *_MIDDLE_TEXTS) and at not in both.stop
-    ]
-    if known:
+    others = {text: at for at, text in enumerate(texts) if at not in both.stop}
+    fixed = [text for text in others if text in END_TEXTS]
+    marks = {
+        name: text
+        for name, known in MIDDLE_TEXTS.items()
+        for text in known
+        if text in others and f"{_PREFIX}{name}_token_id" not in both.found
+    }
+    if fixed or marks:
+        named = " and ".join(map(short, [*fixed, *marks.values()]))
+        mend = (
+            ""
+            if fixed or not marks.keys() <= _mended(both)
+            else ". Export the model again: lexmill prevents it"
+        )
         yield (
-            f"llama.cpp ends a text at {' and '.join(map(short, known))} because of what the token is called, whatever "
-            "the file says; for the model it ends none."
+            f"llama.cpp ends a text at {named} because of what the token is called, whatever "
+            f"the file says; for the model it ends none{mend}."
         )
 
 
-# llama.cpp takes these for marks of filling in the middle, and ends a text at each (src/llama-vocab.cpp).
-_MIDDLE_TEXTS = (
-    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
-    *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
-)
+def _mended(both: _Both) -> set[str]:
+    """The marks that an export gives another id."""
+    return {name for name in MIDDLE_TEXTS if f"{_PREFIX}{name}_token_id" in both.meant}
 
 
 def _template(both: _Both) -> Iterator[str]:

@@ -37,9 +37,7 @@ def wordpiece_metadata(
         ModelError: a form that llama.cpp would apply differently.
     """
     model, ids = values["model"], tokenizer.ids
-    steps = _steps(values.get("normalizer"), "normalizers")
-    normalizers = [step for step in steps if step not in (SPACES_FIRST, MARKS_LAST)]
-    normalizer = normalizers[0] if len(normalizers) == 1 else {}
+    normalizer = bert_normalizer(values)
     cls, sep = tokenizer.require_separators()
     _refuse(
         where,
@@ -88,6 +86,13 @@ def wordpiece_metadata(
             if token is not None
         },
     }
+
+
+def bert_normalizer(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """BERT's own step among the normalizers of tokenizer.json; empty where others than ours stand beside it."""
+    steps = _steps(values.get("normalizer"), "normalizers")
+    found = [step for step in steps if step not in (SPACES_FIRST, MARKS_LAST)]
+    return found[0] if len(found) == 1 else {}
 
 
 def unigram_metadata(

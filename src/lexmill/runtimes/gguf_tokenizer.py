@@ -15,7 +15,7 @@ from lexmill.formats.gguf import Value, array, boolean, string, u32
 from lexmill.runtimes.gguf_encoder_tokenizers import unigram_metadata, wordpiece_metadata
 from lexmill.runtimes.gguf_pre_tokenizers import name_of, spelled
 from lexmill.runtimes.gguf_sentencepiece import is_sentencepiece_bpe, sentencepiece_metadata
-from lexmill.runtimes.gguf_vocabulary import END_TEXTS
+from lexmill.runtimes.gguf_vocabulary import END_TEXTS, MIDDLE_TEXTS, fills_in_the_middle
 from lexmill.tokenizer.special import END_OF_TURN
 from lexmill.tokenizer.tokenizer import Tokenizer
 
@@ -71,6 +71,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str,
     if unknown is not None and unknown in tokenizer.vocabulary:
         metadata["tokenizer.ggml.unknown_token_id"] = u32(tokenizer.vocabulary[unknown])
     metadata |= _turn_ends(tokenizer, texts, end, where)
+    metadata |= _no_other_ends(tokenizer, end)
     if tokenizer.chat_template:
         metadata["tokenizer.chat_template"] = string(tokenizer.chat_template)
     return metadata
@@ -111,6 +112,22 @@ def _turn_ends(tokenizer: Tokenizer, texts: list[str], end: int, where: str) -> 
         )
     ends = {"tokenizer.ggml.eot_token_id": u32(turn)}
     return ends | ({"tokenizer.ggml.eom_token_id": u32(rest[0])} if rest else {})
+
+
+def _no_other_ends(tokenizer: Tokenizer, end: int) -> dict[str, Value]:
+    """Ids for marks that llama.cpp would otherwise find by their texts, and then end at.
+
+    `<reponame>`, say, is an ordinary token for most models. The id given is one that ends a text
+    anyway. Where a model does fill in the middle, its marks are left to llama.cpp.
+    """
+    vocabulary, stop = tokenizer.vocabulary, tokenizer.ids.stop
+    if fills_in_the_middle(vocabulary):
+        return {}
+    return {
+        f"tokenizer.ggml.{name}_token_id": u32(end)
+        for name, texts in MIDDLE_TEXTS.items()
+        if any(text in vocabulary and vocabulary[text] not in stop for text in texts)
+    }
 
 
 def _tokens(

@@ -6,7 +6,7 @@ must be, and no two tokens have one text. Keys: llama.cpp, src/llama-vocab.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +20,36 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _PREFIX = "tokenizer.ggml."
 _HINT = "The file is damaged, or was made by a tool that llama.cpp would not understand either."
 
-# Tokens with these texts end generation in llama.cpp whatever the file says.
+# Tokens with these texts end generation in llama.cpp whatever the file says (src/llama-vocab.cpp).
 # fmt: off
 END_TEXTS = frozenset(
     (
         "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>",
         "<|flush|>", "<|calls|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>",
         "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "</s>",
-        "<|end_of_text|>", "<end_of_utterance>", "<eos>",
+        "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~[",
     )
 )
+# It takes tokens with these texts for marks of filling in the middle and ends at them too, but only where the
+# file gives the mark no id: the mark's name in the key `tokenizer.ggml.NAME_token_id`, and the texts.
+MIDDLE_TEXTS = {
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
+}
+# Who fills in the middle needs these three, each under one of its names.
+_INFILL_TEXTS = (
+    ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<PRE>", "▁<PRE>", "<|code_prefix|>", "<|prefix|>"),
+    ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<SUF>", "▁<SUF>", "<|code_suffix|>", "<|suffix|>"),
+    ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<MID>", "▁<MID>", "<|code_middle|>", "<|middle|>"),
+)
 # fmt: on
+
+
+def fills_in_the_middle(texts: Collection[str]) -> bool:
+    """Whether llama.cpp would fill in the middle with a vocabulary of these texts."""
+    return all(any(name in texts for name in names) for names in _INFILL_TEXTS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lexmill.errors import FileError, ModelError
 from lexmill.files import atomic_directory, atomic_write, read_json, require_space, write_json
 from lexmill.formats.safetensors import INDEX_NAME, SINGLE_NAME
@@ -66,6 +68,7 @@ def publish(
     dtype: str = "",
     shard_bytes: int | None = None,
     card: bool = False,
+    changed: Mapping[str, np.ndarray] | None = None,
 ) -> ModelDirectory:
     """Write a complete copy of a model directory.
 
@@ -74,6 +77,7 @@ def publish(
         dtype: "F32", "F16" or "BF16" to convert the weights; "" leaves every byte as it is.
         shard_bytes: as in `export_huggingface`.
         card: write a model card even where the directory has a README.md.
+        changed: weights that take the place of the model's; see `ModelDirectory.stored_tensors`.
 
     Raises:
         ModelError, FileError: as `export_huggingface`.
@@ -84,8 +88,9 @@ def publish(
     size = sum(path.stat().st_size for path in weights)
     require_space(out.parent, int((2.1 if dtype == "F32" else 1.05) * size), "The exported model")
     with atomic_directory(out) as folder:
-        if dtype or any(path.stat().st_size > (shard_bytes or path.stat().st_size) for path in weights):
-            write_shards(folder, model.stored_tensors(dtype), shard_bytes or SHARD_BYTES)
+        too_large = any(path.stat().st_size > (shard_bytes or path.stat().st_size) for path in weights)
+        if dtype or too_large or changed is not None:
+            write_shards(folder, model.stored_tensors(dtype, changed), shard_bytes or SHARD_BYTES)
         else:
             for path in weights:
                 shutil.copyfile(path, folder / path.name)

@@ -76,7 +76,7 @@ def import_model(
 
 def _import_directory(source: Path, out: Path, dtype: str, shard_bytes: int) -> ModelDirectory:
     if not (source / "config.json").is_file() and (source / "adapter_config.json").is_file():
-        raise ModelError(f"{source} holds an adapter, not a model.", "Merge it into its model first.")
+        raise ModelError(f"{source} holds an adapter, not a model.", "Name its model with --base.")
     pickles = sorted(path.name for pattern in _PICKLES for path in source.glob(pattern))
     weights = sorted(path.name for path in source.glob("*.safetensors"))
     if pickles and not weights:
@@ -120,7 +120,7 @@ def _import_gguf(
     if kind is not None and not (isinstance(kind, str) and kind == "model"):
         raise ModelError(
             f"{file.path} holds '{str(kind)[:60]}', not a model.",
-            "Projectors, adapters and importance matrices cannot be imported.",
+            "Adapters are imported with --base MODEL; projectors and importance matrices cannot be.",
         )
     vocabulary = read_vocabulary(file)
     config = config_from_gguf(file, vocabulary.rows)

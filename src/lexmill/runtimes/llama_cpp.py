@@ -15,6 +15,7 @@ from lexmill.config import suggest
 from lexmill.errors import ConfigError, FormatError, LexmillError
 from lexmill.files import explain_os_errors, partial_name
 from lexmill.formats.blocks import BLOCK_TYPES, BlockType, encode
+from lexmill.formats.blocks32 import halves
 from lexmill.formats.gguf import GGUFFile, TensorToWrite, Value, string, u32, write_gguf
 from lexmill.formats.imatrix import ImportanceMatrix, read_imatrix
 from lexmill.model.directory import ModelDirectory
@@ -40,6 +41,7 @@ __all__ = [
     "LlamaCpp",
     "RuntimeFailure",
     "export_gguf",
+    "file_offsets",
     "file_types",
     "file_weights",
     "permute_rope",
@@ -310,6 +312,21 @@ def file_weights(file: GGUFFile, model: ModelDirectory) -> dict[str, np.ndarray]
 def file_types(file: GGUFFile, model: ModelDirectory) -> dict[str, str]:
     """The type that each weight has in a file, by lexmill's names; of one held twice, that of the projection."""
     return {name.own: file.tensors[name.gguf].type.name for name in held_weights(model.config)}
+
+
+def file_offsets(file: GGUFFile, model: ModelDirectory) -> dict[str, np.ndarray]:
+    """What Q4_1 and Q5_1 add to each block of 32 weights: (rows, blocks) float32, in lexmill's order of rows."""
+    found = {}
+    for name in held_weights(model.config):
+        info = file.tensors[name.gguf]
+        if info.type.name in _WITH_OFFSETS:
+            blocks = file.raw(name.gguf).reshape(-1, info.type.block_bytes)
+            rows = halves(blocks, 2).reshape(*info.shape[:-1], -1)  # behind the scale
+            found[name.own] = weight_from_gguf(rows, model.config, name)
+    return found
+
+
+_WITH_OFFSETS = ("Q4_1", "Q5_1")
 
 
 def setting_differences(file: GGUFFile, model: ModelDirectory) -> list[str]:

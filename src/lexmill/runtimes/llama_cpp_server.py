@@ -17,7 +17,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import numpy as np
 from lexmill.errors import LexmillError, MissingPackageError
 from lexmill.files import require_file
 from lexmill.formats.gguf import GGUFFile
+from lexmill.runtimes.gguf_vocabulary import END_TEXTS, MIDDLE_TEXTS, fills_in_the_middle
 
 _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from {module} import child; child()"
 
@@ -42,6 +43,7 @@ class LlamaCpp:
 
     Args:
         path: the GGUF file.
+        adapter: a GGUF file of an adapter, to be put on the model.
         threads: of llama.cpp.
         context: tokens; 0 for what the model was made for.
         embeddings: for models that embed texts and write none.
@@ -56,6 +58,7 @@ class LlamaCpp:
         self,
         path: Path | str,
         *,
+        adapter: Path | str | None = None,
         threads: int = 2,
         context: int = 0,
         embeddings: bool = False,
@@ -64,6 +67,7 @@ class LlamaCpp:
         if importlib.util.find_spec("xllamacpp") is None:
             raise MissingPackageError("xllamacpp", "to run GGUF files in llama.cpp", "runtimes")
         self.path = require_file(path, "GGUF file").resolve()
+        self._adapter = str(require_file(adapter, "GGUF file").resolve()) if adapter is not None else ""
         self.threads, self.context, self.time_limit = threads, context, time_limit
         self._embeddings = embeddings
         self._process: subprocess.Popen[bytes] | None = None
@@ -71,7 +75,7 @@ class LlamaCpp:
 
     def __enter__(self) -> LlamaCpp:
         settings: dict[str, Any] = {"path": str(self.path), "threads": self.threads, "context": self.context}
-        settings["embeddings"] = self._embeddings
+        settings |= {"embeddings": self._embeddings, "adapter": self._adapter}
         code = _CHILD.format(module=__name__)
         self._noise = tempfile.TemporaryFile()  # closed in _stop
         # The address comes by stdout; the child ends when its stdin closes, so that it cannot outlive
@@ -177,6 +181,11 @@ class LlamaCpp:
             values = {key: value for key, value in file.metadata.items() if key.endswith("_token_id")}
         return [value for key, value in values.items() if key.startswith("tokenizer.ggml.")]
 
+    def fixed_ends(self, texts: Collection[str]) -> frozenset[str]:
+        """The texts of tokens that end generation whatever a file says, in a vocabulary of `texts`."""
+        middle = [text for known in MIDDLE_TEXTS.values() for text in known]
+        return END_TEXTS.union(middle if fills_in_the_middle(texts) else ())
+
     def logprobs(self, prompts: Sequence[Sequence[int]], vocabulary: int) -> np.ndarray:
         """The log-probabilities of every next token after each prompt.
 
@@ -233,6 +242,8 @@ def child() -> None:
     # what embeds a text reads it at once
     params.n_batch = params.n_ubatch = max(512, settings["context"]) if settings["embeddings"] else 512
     params.embedding = settings["embeddings"]
+    if settings["adapter"]:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(settings["adapter"], 1.0)]
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

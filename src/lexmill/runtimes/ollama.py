@@ -18,7 +18,15 @@ from lexmill.progress import SILENT, Progress
 from lexmill.runtimes.gguf_shapes import require_place
 from lexmill.runtimes.llama_cpp import export_gguf, setting_differences
 from lexmill.runtimes.model_card import licences
-from lexmill.runtimes.ollama_manifest import LICENSE, PARAMS, SYSTEM, TEMPLATE, config_json, params_json
+from lexmill.runtimes.ollama_manifest import (
+    ADAPTER,
+    LICENSE,
+    PARAMS,
+    SYSTEM,
+    TEMPLATE,
+    config_json,
+    params_json,
+)
 from lexmill.runtimes.ollama_names import ModelName
 from lexmill.runtimes.ollama_store import Store
 from lexmill.runtimes.ollama_templates import find_go_template
@@ -29,6 +37,8 @@ if TYPE_CHECKING:
 
 # The first version whose llama.cpp renders the Jinja template in the GGUF file.
 _RENDERS_JINJA = "0.30.0"
+# server/create.go has refused them since; a store's manifest is not looked at there.
+ADAPTERS_UNTIL = "Ollama takes adapters up to version 0.34.0; newer ones need them merged."
 # Memory for a context is taken whole when the model loads; above this Ollama chooses by the memory there is.
 _MAX_CONTEXT = 8192
 
@@ -63,16 +73,19 @@ class OllamaModel:
         layers = [(media_type, text.encode("utf-8")) for media_type, text in found if text]
         return [*layers, (PARAMS, params_json(self.parameters))] if self.parameters else layers
 
-    def modelfile(self, gguf: str) -> str:
+    def modelfile(self, gguf: str, adapter: str = "") -> str:
         """The text of a Modelfile.
 
         Args:
             gguf: the path of the GGUF file as the Modelfile is to name it.
+            adapter: of an adapter's GGUF file.
 
         Raises:
             ConfigError: a text that a Modelfile cannot express.
         """
         lines = [f"# {_one_line(self.name)}", f"FROM {gguf}"]
+        if adapter:
+            lines += [f"# {ADAPTERS_UNTIL}", f"ADAPTER {adapter}"]
         if self.template:
             lines += ["", "# The same text as the model's chat template, in Go's template language."]
             lines += [f"TEMPLATE {_quoted(self.template)}"]
@@ -158,7 +171,11 @@ def require_shape(model: ModelDirectory) -> None:
 
 
 def write_modelfile(
-    model: ModelDirectory | Path | str, gguf: Path | str, out: Path | str, system: str = ""
+    model: ModelDirectory | Path | str,
+    gguf: Path | str,
+    out: Path | str,
+    system: str = "",
+    adapter: Path | str | None = None,
 ) -> Path:
     """Write the Modelfile for a GGUF file, so that `ollama create NAME -f Modelfile` installs the model.
 
@@ -167,6 +184,7 @@ def write_modelfile(
         gguf: the GGUF file; the Modelfile names it relative to its own folder.
         out: the Modelfile.
         system: a system prompt for conversations that bring none; empty for none.
+        adapter: the GGUF file of an adapter to be put on the model.
 
     Returns:
         `out`.
@@ -181,7 +199,8 @@ def write_modelfile(
     out = Path(out)
     described = describe(model, system)
     gguf = require_file(gguf, "GGUF file", "Export one first: lexmill export gguf.")
-    text = described.modelfile(_path(gguf, out))
+    extra = _path(require_file(adapter, "GGUF file of an adapter"), out) if adapter is not None else ""
+    text = described.modelfile(_path(gguf, out), extra)
     with atomic_write(out, "w") as file:
         file.write(text)
     return out
@@ -196,6 +215,7 @@ def install(
     type: str = "q8_0",
     system: str = "",
     template: bool = True,
+    adapter: Path | None = None,
     progress: Progress = SILENT,
 ) -> ModelName:
     """Install a model in a store, where a server finds it at once. None needs to run.
@@ -203,6 +223,7 @@ def install(
     Args:
         gguf: a file of the model that is there already; None to make one of `type`.
         system, template: as for `describe`.
+        adapter: the GGUF file of an adapter to be put on the model.
 
     Returns:
         The name as the store spells it.
@@ -219,7 +240,10 @@ def install(
     else:
         source = partial(export_gguf, model, type=type, progress=progress)
     config = partial(_config, requires=described.requires)
-    return store.install(name, source, described.layers(), config, progress)
+    layers: list[tuple[str, bytes | Path]] = [*described.layers()]
+    if adapter is not None:  # right behind the model, as `ollama create` puts it
+        layers.insert(0, (ADAPTER, require_file(adapter, "GGUF file of an adapter")))
+    return store.install(name, source, layers, config, progress)
 
 
 def create(
@@ -229,6 +253,7 @@ def create(
     gguf: Path,
     *,
     system: str = "",
+    adapter: Path | None = None,
     progress: Progress = SILENT,
 ) -> None:
     """Have a running server install a model: its GGUF file is sent unless it is there already.
@@ -239,8 +264,10 @@ def create(
     model = model if isinstance(model, ModelDirectory) else ModelDirectory.open(model)
     described = describe(model, system)
     require_file_of(model, require_file(gguf, "GGUF file"))
-    digest = server.upload(gguf, progress)
-    server.create(name, {"files": {"model.gguf": digest}, **described.request()}, progress)
+    told: dict[str, Any] = {"files": {"model.gguf": server.upload(gguf, progress)}}
+    if adapter is not None:
+        told["adapters"] = {"adapter.gguf": server.upload(adapter, progress)}
+    server.create(name, {**told, **described.request()}, progress)
 
 
 def require_file_of(model: ModelDirectory, gguf: Path) -> None:

@@ -168,7 +168,7 @@ class Store:
         self,
         name: ModelName,
         model: Path | Callable[[Path], object],
-        texts: Sequence[tuple[str, bytes]],
+        texts: Sequence[tuple[str, bytes | Path]],
         config: Callable[[Path], bytes],
         progress: Progress = SILENT,
     ) -> ModelName:
@@ -179,7 +179,7 @@ class Store:
 
         Args:
             model: the GGUF file, which is copied; or what writes it to a path that it is given.
-            texts: media type and bytes of the other layers, in their order.
+            texts: media type and bytes, or file, of the other layers, in their order.
             config: makes the config blob, given the path of the model's blob.
 
         Returns:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,17 +22,23 @@ from lexmill.formats.gguf import GGUFFile
 from lexmill.model.directory import ModelDirectory
 from lexmill.progress import SILENT, Progress, Task
 from lexmill.runtimes.diagnosis import diagnose_file
-from lexmill.runtimes.llama_cpp import FILE_TYPES, file_types, file_weights, setting_differences, weight_error
+from lexmill.runtimes.llama_cpp import (
+    FILE_TYPES,
+    file_offsets,
+    file_types,
+    file_weights,
+    setting_differences,
+    weight_error,
+)
 from lexmill.runtimes.llama_cpp_server import LlamaCpp
 from lexmill.runtimes.ollama_api import OllamaServer, ollama_place
 from lexmill.runtimes.verify_cases import DEFAULT_PROMPTS
 from lexmill.runtimes.verify_checks import (
-    TOLERANCES,
     Comparison,
     compare_ids,
-    mean_divergence,
 )
 from lexmill.runtimes.verify_report import Check, Diagnosis, VerifyReport
+from lexmill.runtimes.verify_tolerances import TOLERANCES, exact_tolerance, mean_divergence, tolerance_of
 from lexmill.runtimes.verify_transformers import open_transformers
 
 if TYPE_CHECKING:
@@ -55,6 +61,7 @@ def verify(
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     tokens: int = 64,
     ollama: str = "",
+    transformers: bool = True,
     progress: Progress = SILENT,
 ) -> VerifyReport:
     """Compare what transformers and llama.cpp make of a model with what lexmill makes of it.
@@ -65,6 +72,7 @@ def verify(
         prompts: texts to continue.
         tokens: how many to generate for each prompt.
         ollama: also ask a running Ollama that has the model: its name there, or `http://host:port/name`.
+        transformers: ask it too.
 
     Returns:
         A record a runtime and check: token ids, round trip, chat template, stop tokens, weights
@@ -83,7 +91,9 @@ def verify(
         task.advance(0, "lexmill")
         own = _Own(load(directory.path), directory, prompts, tokens)
         task.advance(1)
-        checks = list(_compare("transformers", open_transformers(directory), own.asked, task))
+        checks: list[Check] = []
+        if transformers:
+            checks += _compare("transformers", open_transformers(directory), own.asked, task)
         diagnoses: list[Diagnosis] = []
         for path in map(Path, ggufs):
             found = list(_check_gguf(path, own, task))
@@ -136,7 +146,7 @@ class _Own:
             return EncoderDecoderComparison(name, runtime, self.model, self.read, self.tokens).all()
         if self.reference is None:
             return compare_ids(name, runtime, self.model)
-        return Comparison(name, runtime, self.reference, TOLERANCES["transformers"]).all()
+        return Comparison(name, runtime, self.reference, exact_tolerance(self.reference.spread)).all()
 
     def asked_of_ollama(self, told: str, name: str, server: OllamaServer) -> Iterator[Check]:
         """The checks of a model in a running Ollama; `told` is its name there."""
@@ -173,12 +183,11 @@ def _check_gguf(path: Path, own: _Own, task: Task) -> Iterator[Check]:
             name = f"llama.cpp {type or path.stem}"
             check = _weights_check(name, file, own.directory)
             exact = check.figure == 0 and type == "f32"
-            weights = file_weights(file, own.directory) if check.passed and not exact else None
-            types = file_types(file, own.directory) if weights is not None else {}
+            held = _Held.read(file, own.directory) if check.passed and not exact else None
     except LexmillError as error:
         yield Check(name, "weights", False, detail=str(error))
         return
-    asked, cost = _asked_of_file(own, weights, types, type)
+    asked, cost = _asked_of_file(own, held, type)
     yield replace(check, detail=check.detail + cost)
     task.advance(1)
     if not own.read:
@@ -201,26 +210,52 @@ def _weights_check(runtime: str, file: GGUFFile, directory: ModelDirectory) -> C
     return Check(runtime, "weights", bool(error <= 1 and not wrong), error, 1, detail)
 
 
+class _Held(NamedTuple):
+    """What a file holds of each weight, by lexmill's names.
+
+    Attributes:
+        weights: decoded, float32.
+        types: "Q8_0" and so on; they decide how llama.cpp rounds what it multiplies them with.
+        offsets: of blocks that have them, (rows, blocks).
+    """
+
+    weights: dict[str, np.ndarray]
+    types: dict[str, str]
+    offsets: dict[str, np.ndarray]
+
+    @classmethod
+    def read(cls, file: GGUFFile, model: ModelDirectory) -> _Held:
+        return cls(file_weights(file, model), file_types(file, model), file_offsets(file, model))
+
+
 def _asked_of_file(
-    own: _Own, weights: Mapping[str, np.ndarray] | None, types: Mapping[str, str], type: str | None
+    own: _Own, held: _Held | None, type: str | None
 ) -> tuple[Callable[[str, Any], Iterator[Check]], str]:
     """What is asked of llama.cpp running a file, and what the detail says of what rounding cost.
 
-    The other side is lexmill running what the file holds: `weights`, or None for the model's own. That
+    The other side is lexmill running what the file holds, or for None the model's own weights. That
     is also what a file that does not hold the model is compared with: two that agree on something else
-    prove nothing. `types` are those of the weights in the file.
+    prove nothing.
     """
     from lexmill.runtimes.verify_embeddings import compare_embeddings
 
     if own.reference is None:
-        model = own.model if weights is None or own.shape != "encoder" else own.with_weights(weights)
-        return lambda name, runtime: compare_embeddings(name, runtime, model, type), ""
-    reference, cost = own.reference, ""
-    if weights is not None:
-        reference = own.reference.with_weights(weights, types)
+        model, rounded = own.model, None
+        if held is not None and own.shape == "encoder":
+            from lexmill.runtimes.verify_rounding import Rounded
+
+            model = own.with_weights(held.weights)
+            rounded = Rounded(model.network, held.types, held.offsets)
+        return lambda name, runtime: compare_embeddings(name, runtime, model, type, rounded), ""
+    reference, cost, tolerance = own.reference, "", TOLERANCES.get(type or "")
+    if type == "f32":
+        tolerance = exact_tolerance(reference.spread)
+    if held is not None:
+        reference = own.reference.with_weights(*held)
         divergence = mean_divergence(own.reference.logprobs, reference.logprobs)
         cost = f"; what rounding the weights costs: mean KL {divergence:.2g} nats"
-    tolerance = TOLERANCES.get(type or "")
+        if reference.noise is not None:
+            tolerance = tolerance_of(reference.noise)
     return lambda name, runtime: Comparison(name, runtime, reference, tolerance).all(), cost
 
 

@@ -11,9 +11,10 @@ from lexmill.inference.language_model import LanguageModel
 from lexmill.inference.sampling import log_softmax
 from lexmill.inference.torch_backend import hidden_rows, pair_logits
 from lexmill.runtimes.verify_cases import PAIRS, TEXTS, id_rows, reads_back, usable_texts, with_gap
-from lexmill.runtimes.verify_checks import TOLERANCES, same_ids, same_logprobs
+from lexmill.runtimes.verify_checks import same_ids, same_logprobs
 from lexmill.runtimes.verify_report import Check, counted, short
 from lexmill.runtimes.verify_stress import Stress
+from lexmill.runtimes.verify_tolerances import TOLERANCES
 
 if TYPE_CHECKING:
     from lexmill.runtimes.verify_transformers import TransformersEncoder

@@ -10,9 +10,10 @@ import numpy as np
 from lexmill.inference.language_model import LanguageModel
 from lexmill.inference.sampling import log_softmax
 from lexmill.runtimes.verify_cases import SOURCES, TEXTS, id_rows, with_gap
-from lexmill.runtimes.verify_checks import TOLERANCES, same_ids, same_logprobs
+from lexmill.runtimes.verify_checks import same_ids, same_logprobs
 from lexmill.runtimes.verify_report import Check, counted, short
 from lexmill.runtimes.verify_stress import Stress
+from lexmill.runtimes.verify_tolerances import TOLERANCES
 
 if TYPE_CHECKING:
     from lexmill.runtimes.verify_transformers import TransformersEncoderDecoder

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from lexmill.runtimes.ollama_api import OllamaServer
 from lexmill.runtimes.verify_cases import CONVERSATIONS, usable_texts
 from lexmill.runtimes.verify_embeddings import EMBEDDING_TOLERANCES
 from lexmill.runtimes.verify_report import Check, counted, short
+from lexmill.runtimes.verify_wordpiece import LlamaWordPiece
 
 if TYPE_CHECKING:
     from lexmill.inference.language_model import LanguageModel
@@ -234,7 +236,7 @@ def compare_ollama(
         with tempfile.TemporaryDirectory() as folder:
             path = export_gguf(directory, Path(folder) / "model.gguf", type)
             with GGUFFile.open(path) as file:
-                reference = reference.with_weights(file_weights(file, directory), {})
+                reference = reference.with_weights(file_weights(file, directory), {}, {})
     yield from OllamaComparison(name, server, told, directory, reference, type).all()
 
 
@@ -252,12 +254,15 @@ def _compare_vectors(
     texts = usable_texts(model.tokenizer, model.config.context - 2)
     answers = [server.embed(told, [text]) for text in texts]
     counts = [answer.get("prompt_eval_count") for answer in answers]
-    cases = ((text, len(ids), count) for (text, ids), count in zip(texts.items(), counts, strict=True))
-    yield counted(name, "tokens", cases, "counts of texts")
+    limit = LlamaWordPiece(model.tokenizer)  # Ollama runs llama.cpp
+    foretold = [limit.encode(text) for text in texts]
+    rows = list(zip(texts.items(), counts, foretold, strict=True))
+    limited = [text for (text, ids), count, other in rows if count != len(ids) and count == len(other)]
+    cases = ((text, len(ids), count) for (text, ids), count, _ in rows if text not in limited)
+    check = counted(name, "tokens", cases, "counts of texts", len(limited))
+    yield replace(check, limits=limit.reasons(limited, f"{len(texts)} texts"))
     # a text that is divided otherwise has another vector; `tokens` says so
-    same = [
-        at for at, (ids, count) in enumerate(zip(texts.values(), counts, strict=True)) if len(ids) == count
-    ]
+    same = [at for at, ((_, ids), count, other) in enumerate(rows) if count == len(ids) and other == ids]
     if not same:
         yield Check(name, "embeddings", None, detail="no text has as many tokens here as in lexmill")
         return

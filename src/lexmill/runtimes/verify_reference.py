@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch.overrides import TorchFunctionMode
 
 from lexmill.errors import DataError
 from lexmill.inference.language_model import LanguageModel
@@ -21,7 +19,9 @@ from lexmill.inference.sampling import log_softmax
 from lexmill.model.decoder import Decoder
 from lexmill.model.directory import ModelDirectory
 from lexmill.runtimes.verify_cases import CONVERSATIONS, TEXTS
+from lexmill.runtimes.verify_rounding import Rounded
 from lexmill.runtimes.verify_stress import Stress
+from lexmill.runtimes.verify_tolerances import Noise, gap_moves, mean_divergence
 
 _SPECIAL = 64  # texts of special tokens that are tried; some models have hundreds that are alike
 _EVERY = 16  # tokens of a continuation between two positions whose log-probabilities are compared
@@ -36,6 +36,8 @@ class Reference:
         positions: texts as ids; the log-probabilities of what follows each are compared.
         logprobs: (positions, vocabulary), lexmill's.
         rounded_logprobs: the same with each product's activations rounded; None where nothing rounds.
+        spread: the greatest change of a log-probability when the inputs of products move by their last bit.
+        noise: what that rounding costs, by lexmill's own account; None where nothing rounds.
         greedy: (ids, limit, continuation) of each prompt.
         length: of the continuations, in tokens, where the context has room.
         rounding: the type to which the runtime rounds activations; "" for none.
@@ -59,42 +61,69 @@ class Reference:
         self.longest = max((len(ids) for ids in self.prompts), default=0) + tokens
         self.rounding = ""
         self.rounded_logprobs: np.ndarray | None = None
+        self.noise: Noise | None = None
         self.length = tokens
-        self._rounded = Rounded({}, None)
+        self._rounded: Rounded | None = None
         self.greedy = self._continued()
-        self.positions = [ids[:end] for ids in self.prompts for end in sorted({1, (len(ids) + 1) // 2})]
-        self.positions += [
-            ids + answer[:end] for ids, _, answer in self.greedy for end in range(0, len(answer) + 1, _EVERY)
-        ]
-        self.logprobs = np.stack([self.row(ids) for ids in self.positions])
+        self._texts = [(len(ids), ids + answer) for ids, _, answer in self.greedy]
+        self.positions = [ids[:end] for begin, ids in self._texts for end in _ends(begin, ids)]
+        self.logprobs = self._answers().logprobs
+        shaken = self._answers(Rounded(model.network, {}, {}, shaken=True)).logprobs
+        self.spread = float(np.abs(self.logprobs - shaken).max())
 
-    def with_weights(self, weights: Mapping[str, np.ndarray], types: Mapping[str, str]) -> Reference:
+    def with_weights(
+        self,
+        weights: Mapping[str, np.ndarray],
+        types: Mapping[str, str],
+        offsets: Mapping[str, np.ndarray],
+    ) -> Reference:
         """The same questions answered by the same model with other weights.
 
         Args:
             weights: every weight by lexmill's name.
             types: the type that a weight has in the file, "Q8_0" and so on, by the same names; it decides how
                 the runtime rounds what that weight is multiplied with.
+            offsets: of the weights' blocks, where their type has them: (rows, blocks).
         """
         decoder = Decoder(self.directory.config)
         decoder.load_weights(weights)
         other = copy.copy(self)
         other.model = LanguageModel(decoder.eval(), self.tokenizer)
         other.greedy = other._continued()
-        other.logprobs = np.stack([other.row(ids) for ids in self.positions])
-        other._rounded = rounded_activations(decoder, types)
-        other.rounding = " and ".join(sorted({rounding.name for rounding in other._rounded.kinds}))
+        plain = other._answers()
+        other.logprobs = plain.logprobs
+        other._rounded = Rounded(decoder, types, offsets)
+        other.rounding = " and ".join(other._rounded.names)
         if other.rounding:
-            other.rounded_logprobs = np.stack([other.row(ids, rounded=True) for ids in self.positions])
+            rounded = other._answers(other._rounded, plain.best)
+            again = other._answers(Rounded(decoder, types, offsets, shaken=True), plain.best)
+            other.rounded_logprobs = rounded.logprobs
+            other.noise = Noise(
+                mean_divergence(plain.logprobs, rounded.logprobs),
+                gap_moves(plain.pairs, rounded.pairs),
+                mean_divergence(rounded.logprobs, again.logprobs),
+                gap_moves(rounded.pairs, again.pairs),
+            )
         return other
 
-    def row(self, ids: Sequence[int], rounded: bool = False) -> np.ndarray:
+    def row(self, ids: Sequence[int]) -> np.ndarray:
         """Log-probabilities of what follows `ids`: (vocabulary,)."""
-        return self._rows(ids, rounded)[-1]
+        return self._rows(ids)[-1]
 
-    def _rows(self, ids: Sequence[int], rounded: bool) -> np.ndarray:
-        with self._rounded if rounded else contextlib.nullcontext():
+    def _rows(self, ids: Sequence[int], within: Rounded | None = None) -> np.ndarray:
+        with within or contextlib.nullcontext():
             return log_softmax(self.model.logits(ids))
+
+    def _answers(self, within: Rounded | None = None, best: np.ndarray | None = None) -> _Answers:
+        """Every text is read once; `best` as in `_Answers`, where it is known already."""
+        at_positions, two, pairs, done = [], [], [], 0
+        for begin, ids in self._texts:
+            rows = self._rows(ids, within)
+            at_positions.append(rows[np.array(_ends(begin, ids)) - 1])
+            two.append(np.argsort(-rows, -1)[:, :2] if best is None else best[done : done + len(rows)])
+            pairs.append(np.take_along_axis(rows, two[-1], -1))
+            done += len(rows)
+        return _Answers(*map(np.concatenate, (at_positions, two, pairs)))
 
     def _continued(self) -> list[tuple[list[int], int, list[int]]]:
         # the last position of the context stays free: runtimes count it differently
@@ -120,85 +149,27 @@ class Reference:
 
     def choice_gaps(self, ids: list[int], chosen: list[int], limit: int, rounded: bool = False) -> np.ndarray:
         """How far below lexmill's first choice each chosen token lies, given all that came before it."""
-        rows = self._rows(ids + chosen, rounded)[len(ids) - 1 :]
+        rows = self._rows(ids + chosen, self._rounded if rounded else None)[len(ids) - 1 :]
         gaps = rows.max(-1)[: len(chosen)] - rows[np.arange(len(chosen)), chosen]
         if len(chosen) < limit:  # it ended here: the best of the tokens that end a text was chosen
             gaps = np.append(gaps, rows[-1].max() - rows[-1][list(self.tokenizer.ids.stop)].max())
         return gaps
 
 
-class Rounding(NamedTuple):
-    """How llama.cpp rounds what it multiplies with weights of some type."""
+class _Answers(NamedTuple):
+    """What one pass over all texts leaves.
 
-    name: str
-    apply: Callable[[torch.Tensor], torch.Tensor]
-
-
-def _to_q8_0(values: torch.Tensor) -> torch.Tensor:
-    """As ggml's quantize_row_q8_0 and back; rows that do not divide into blocks are f16, like their weights."""
-    if values.shape[-1] % 32:
-        return values.half().float()
-    blocks = values.reshape(-1, 32)
-    largest = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / largest, torch.zeros_like(largest))
-    return (torch.round(blocks * inverse) * (largest / 127).half().float()).reshape(values.shape)
-
-
-def _to_q8_k(values: torch.Tensor) -> torch.Tensor:
-    """As ggml's quantize_row_q8_K and back: blocks of 256, whose largest weight becomes -127; a float32 scale."""
-    blocks = values.reshape(-1, 256)
-    peak = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    inverse = torch.where(peak != 0, -127 / peak, torch.zeros_like(peak))
-    scale = torch.where(peak != 0, 1 / inverse, torch.zeros_like(peak))
-    return (torch.round(blocks * inverse) * scale).reshape(values.shape)
-
-
-_BF16 = Rounding("BF16", lambda values: values.bfloat16().float())
-_Q8_0, _Q8_K = Rounding("Q8_0", _to_q8_0), Rounding("Q8_K", _to_q8_k)
-# By the type of the weights (ggml-cpu.c, `vec_dot_type`). It rounds for F16 as well, but imitating that brought
-# the answers no nearer on a trained model, so nothing is said of it.
-ROUNDING = {
-    "BF16": _BF16,
-    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "MXFP4"), _Q8_0),
-    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"), _Q8_K),
-}
-
-
-# These meet blocks whose sum is rounded for itself and multiplied with the offsets of the weights: no rounding
-# of activations alone does the same, so of a file with such weights nothing is said.
-_SUMS_APART = ("Q4_1", "Q5_1")
-
-
-def rounded_activations(network: torch.nn.Module, types: Mapping[str, str]) -> Rounded:
-    """Within this block the input of every product with a weight of `network` is rounded as llama.cpp does.
-
-    Args:
-        types: the type of each weight in the file, by lexmill's names. With one that is not imitated
-            nothing is rounded.
+    Attributes:
+        logprobs: (positions, vocabulary).
+        best: the two likeliest tokens at every place of every text, (places, 2).
+        pairs: their log-probabilities, (places, 2).
     """
-    if any(kind in _SUMS_APART for kind in types.values()):
-        return Rounded({}, None)
-    found = {
-        id(weight): ROUNDING[types[name]]
-        for name, weight in network.named_parameters()
-        if types.get(name) in ROUNDING
-    }
-    query = next((kind for name, kind in types.items() if name.endswith("attention.q.weight")), "")
-    return Rounded(found, ROUNDING.get(query))
+
+    logprobs: np.ndarray
+    best: np.ndarray
+    pairs: np.ndarray
 
 
-class Rounded(TorchFunctionMode):
-    """Rounds inputs of products by the weight; `other` is for queries, keys and values, which are one product."""
-
-    def __init__(self, by_weight: Mapping[int, Rounding], other: Rounding | None) -> None:
-        super().__init__()
-        self._by_weight, self._other = by_weight, other
-        self.kinds = {*by_weight.values(), *([other] if other else [])}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear:
-            whole = isinstance(args[1], torch.nn.Parameter)
-            rounding = self._by_weight.get(id(args[1])) if whole else self._other
-            if rounding:
-                args = (rounding.apply(args[0]), *args[1:])
-        return func(*args, **(kwargs or {}))
+def _ends(begin: int, ids: Sequence[int]) -> list[int]:
+    """Where a text of a prompt, `begin` tokens long, and its continuation is cut off to ask what follows."""
+    return sorted({1, (begin + 1) // 2, *range(begin, len(ids) + 1, _EVERY)})

@@ -22,6 +22,8 @@ class Check:
         tolerance: the largest figure that passes.
         detail: for a reader: how many cases, and the first that differs.
         ties: tokens of greedy continuations that are not lexmill's, and passed as ties.
+        limits: what the runtime does otherwise by its own known rules, which no file can change; a
+            sentence each. A check with limits passed, but its answers are not all equal.
     """
 
     runtime: str
@@ -31,14 +33,18 @@ class Check:
     tolerance: float | None = None
     detail: str = ""
     ties: int = 0
+    limits: tuple[str, ...] = ()
 
 
-def counted(runtime: str, check: str, cases: Iterable[tuple[Any, Any, Any]], unit: str) -> Check:
+def counted(
+    runtime: str, check: str, cases: Iterable[tuple[Any, Any, Any]], unit: str, limited: int = 0
+) -> Check:
     """A check whose figure is the number of cases in which the runtime's answer is not lexmill's.
 
     Args:
         cases: (question, lexmill's answer, the runtime's).
         unit: what a case is, in the plural.
+        limited: further cases, in which the answers differ by a limit of the runtime.
     """
     total, wrong, first = 0, 0, ""
     for question, expected, answer in cases:
@@ -46,9 +52,11 @@ def counted(runtime: str, check: str, cases: Iterable[tuple[Any, Any, Any]], uni
         if answer != expected:
             wrong += 1
             first = first or f"; {short(question)}: {difference(expected, answer)}"
-    if not total:
+    if not total + limited:
         return Check(runtime, check, None, detail=f"the model has no {unit} to ask for")
-    return Check(runtime, check, wrong == 0, wrong, 0, f"{total - wrong} of {total} {unit} equal{first}")
+    limits = f", {limited} other by the runtime's own rules" if limited else ""
+    detail = f"{total - wrong} of {total + limited} {unit} equal{limits}{first}"
+    return Check(runtime, check, wrong == 0, wrong, 0, detail)
 
 
 def difference(expected: Any, answer: Any) -> str:
@@ -96,8 +104,13 @@ class VerifyReport:
         return bool(made) and all(made)
 
     @property
+    def limited(self) -> bool:
+        """Whether some check passed up to a limit of the runtime."""
+        return any(check.passed and check.limits for check in self.checks)
+
+    @property
     def exit_code(self) -> int:
-        """0: all answers are the same; 1: one differs; 2: something could not be checked."""
+        """0: all answers are the same, but for ties and limits; 1: one differs; 2: something could not be checked."""
         if any(check.passed is False for check in self.checks):
             return 1
         return 0 if self.passed and all(check.passed for check in self.checks) else 2
@@ -117,21 +130,27 @@ class VerifyReport:
         write_json(path, self.to_json())
 
     def table_rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Rows for a table: runtime, check, result ("same*" with ties), "figure ≤ tolerance", detail.
+        """Rows for a table: runtime, check, result ("same*" with ties, "limit"), "figure ≤ tolerance", detail.
 
         Behind the checks stand the diagnoses, whose check is "likely cause".
         """
-        words = {True: "same", False: "DIFFERENT", None: "not checked"}
         return [
             (
                 check.runtime,
                 check.check,
-                words[check.passed] + ("*" if check.passed and check.ties else ""),
+                _result(check),
                 _comparison(check),
-                check.detail,
+                "; ".join([check.detail, *check.limits]),
             )
             for check in self.checks
         ] + [(runtime, "likely cause", "", "", cause) for runtime, cause in self.diagnoses]
+
+
+def _result(check: Check) -> str:
+    if check.passed and check.limits:
+        return "limit"
+    words = {True: "same", False: "DIFFERENT", None: "not checked"}
+    return words[check.passed] + ("*" if check.passed and check.ties else "")
 
 
 def _comparison(check: Check) -> str:

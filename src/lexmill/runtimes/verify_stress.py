@@ -10,11 +10,15 @@ import functools
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lexmill.runtimes.verify_report import Check, difference, short
 from lexmill.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lexmill.runtimes.verify_checks import Limit
 
 COUNT, _BATCH = 4000, 50
 
@@ -90,12 +94,20 @@ class Stress:
         self._groups = [texts[begin : begin + _BATCH] for begin in range(0, len(texts), _BATCH)]
         self._ids = tokenizer.encode_batch(["\n".join(group) for group in self._groups])
 
-    def added_to(self, check: Check, tokenize: Callable[[str], list[int]]) -> Check:
-        """A check of token ids, with what these texts add to it: each batch that differs counts once."""
-        wrong, first = 0, ""
+    def added_to(
+        self, check: Check, tokenize: Callable[[str], list[int]], limit: Limit | None = None
+    ) -> Check:
+        """A check of token ids, with what these texts add to it: each batch that differs counts once.
+
+        A batch whose ids `limit` foretells is no difference, but is told.
+        """
+        wrong, first, limited = 0, "", 0
         for group, ids in zip(self._groups, self._ids, strict=True):
             answer = tokenize("\n".join(group))
             if answer == ids:
+                continue
+            if limit is not None and answer == limit.encode("\n".join(group)):
+                limited += 1
                 continue
             wrong += 1
             first = first or f"; of these {self._first(group, tokenize) or difference(ids, answer)}"
@@ -103,6 +115,17 @@ class Stress:
         detail = (
             f"{check.detail}; {total:,} generated texts in {len(self._groups)} batches, {wrong} differ{first}"
         )
+        if limit is not None and limited:
+            texts = [text for group in self._groups for text in group]
+            owns = self._tokenizer.encode_batch(texts)
+            other = [text for text, own in zip(texts, owns, strict=True) if limit.encode(text) != own]
+            detail += f", {limited} ({len(other)} of the texts) are other by the runtime's own rules only"
+            check = replace(
+                check,
+                limits=tuple(
+                    dict.fromkeys([*check.limits, *limit.reasons(other, f"{total:,} generated texts")])
+                ),
+            )
         figure = (check.figure or 0) + wrong
         return replace(check, passed=check.passed is not False and not wrong, figure=figure, detail=detail)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,15 @@ from torch import nn
 from lexmill.devices import give_back_freed_memory, resident_memory
 from lexmill.model.build import build_model
 from lexmill.model.config import ModelConfig
+from lexmill.model.transformer import Transformer
 from lexmill.train.batches import Batch
 from lexmill.train.config import TrainConfig
-from lexmill.train.cost import Row, process_memory, row_flops
+from lexmill.train.cost import AdapterCost, Row, process_memory, row_flops
 from lexmill.train.examples import IGNORED
 from lexmill.train.memory import explain_no_memory
 from lexmill.train.objective import Objective
 from lexmill.train.optimizers import OptimizerSet
-from lexmill.train.parallel import Task, spread
+from lexmill.train.parallel import Task, recompute_blocks, spread
 from lexmill.train.precision import autocast, matmul_gflops
 from lexmill.train.processes import Processes
 
@@ -84,11 +86,14 @@ def calibrate(
     precision: str,
     device: torch.device,
     seconds: float,
+    adapter: AdapterCost | None = None,
+    build: Callable[[], Transformer] | None = None,
 ) -> Calibration:
     """Train a model of this shape on random tokens for about so many seconds, then forget it.
 
     Args:
         rows: computed at once.
+        adapter: if not the model learns but this; `build` then makes the model with it, of any weights.
 
     Raises:
         TrainingError: it does not fit into memory.
@@ -96,9 +101,17 @@ def calibrate(
     batch = random_batch(config, row, rows, training.seed).to(device)
     watch = _PeakMemory(device)
     with explain_no_memory(rows, row.tokens), watch:
-        parts, updates = _Step(config, objective, training, precision, device).repeat(batch, seconds)
+        model = build() if build else _random_model(config)
+        parts, updates = _Step(model, objective, training, precision, device).repeat(batch, seconds)
+    del model
     expected = process_memory(
-        config, row, optimizer=training.optimizer, precision=precision, rows_at_once=rows
+        config,
+        row,
+        optimizer=training.optimizer,
+        precision=precision,
+        rows_at_once=rows,
+        adapter=adapter,
+        recompute=training.gradient_checkpointing,
     )
     correction = (watch.bytes - expected.model) / expected.step
     gc.collect()  # the model, before its memory can be given back
@@ -114,21 +127,27 @@ def calibrate(
     )
 
 
+def _random_model(config: ModelConfig) -> Transformer:
+    """Values like those of a beginning: none so large that a step overflows."""
+    model = build_model(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(0).add_(1.0) if weight.dim() == 1 else weight.normal_(0, 0.02)
+    return model
+
+
 class _Step:
     """A step of `lexmill.train.loop` without what belongs around it."""
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: Transformer,
         objective: Objective,
         training: TrainConfig,
         precision: str,
         device: torch.device,
     ) -> None:
-        model = build_model(config)
-        with torch.no_grad():  # values like those of a beginning: none so large that a step overflows
-            for weight in model.parameters():
-                weight.mul_(0).add_(1.0) if weight.dim() == 1 else weight.normal_(0, 0.02)
+        recompute_blocks(model, training.gradient_checkpointing)
         alone = Processes(device=device)
         self.task = spread(Task(model, objective), alone, "replicate", training.compile).train()
         self.precision, self.device, self.clip = precision, device, training.clip

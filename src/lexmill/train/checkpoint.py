@@ -203,15 +203,20 @@ class Checkpoints:
         self._processes.wait()
 
     def _weights(self) -> dict[str, np.ndarray]:
-        """Copies of all weights; a spread model's are gathered, in all processes at once."""
+        """Copies of the weights that learn; a spread model's are gathered, in all processes at once."""
         return {
             name: whole(parameter.detach()).to("cpu", copy=True).numpy()
-            for name, parameter in self._model.named_parameters()
+            for name, parameter in self._learned()
         }
+
+    def _learned(self) -> list[tuple[str, nn.Parameter]]:
+        """What a checkpoint holds: a base that does not learn comes from its own directory again."""
+        named = self._model.named_parameters()
+        return [(name, parameter) for name, parameter in named if parameter.requires_grad]
 
     def _take_weights(self, weights: dict[str, np.ndarray]) -> None:
         with torch.no_grad():
-            for name, parameter in self._model.named_parameters():
+            for name, parameter in self._learned():
                 value = torch.from_numpy(weights[name]).to(parameter.device)
                 if value.shape != parameter.shape:
                     raise ValueError(f"{name} has the shape {tuple(value.shape)}")

@@ -19,8 +19,8 @@ class TrainConfig:
     minutes: float | None = None
     rows: int = 16  # rows of `context` tokens in a step
     micro_rows: int | None = None  # rows computed at once; all of them when not given
-    optimizer: Literal["muon", "adamw"] = "muon"
-    learning_rate: float = 3e-3  # of AdamW
+    optimizer: Literal["auto", "muon", "adamw"] = "auto"  # auto: Muon; AdamW for adapters
+    learning_rate: float = 0.0  # of AdamW; 0 chooses: 0.003, for adapters 0.001
     matrix_learning_rate: float = 0.02  # of Muon
     weight_decay: float = 0.0
     warmup: int = 10  # steps
@@ -36,12 +36,18 @@ class TrainConfig:
     max_skipped: int = 10  # steps in a row without a finite gradient, then training stops
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False  # torch.compile, on GPUs
+    gradient_checkpointing: bool = False  # compute each block again on the way back: less memory, more time
     sharding: Sharding = (
         "replicate"  # with several processes: a copy of the model in each, or a part ("shard")
     )
     track: tuple[TrackerName, ...] = ()  # who else gets the figures; each needs the extra of its name
 
     def __post_init__(self) -> None:
+        optimizer, rate = self._chosen()
+        if self.optimizer == "auto":
+            object.__setattr__(self, "optimizer", optimizer)
+        if self.learning_rate == 0:
+            object.__setattr__(self, "learning_rate", rate)
         budgets = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]
         if len(budgets) != 1:
             raise ConfigError(
@@ -58,3 +64,7 @@ class TrainConfig:
         if not 0 < self.decay <= 1:
             raise ConfigError("'decay' must lie in (0, 1].")
         require_trackers(self.track)  # a missing package shows now, not after preparing data
+
+    def _chosen(self) -> tuple[str, float]:
+        """The optimiser, and AdamW's learning rate, where a run does not say."""
+        return "muon", 3e-3

@@ -6,8 +6,10 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from lexmill.formats.blocks import BLOCK_TYPES
+from lexmill.model.adapter import LoraConfig
 from lexmill.model.config import ModelConfig
-from lexmill.model.names import weight_shapes
+from lexmill.model.names import matrices_in_blocks, weight_shapes
 from lexmill.train.optimizers import is_hidden
 from lexmill.train.parallel import Sharding
 
@@ -70,6 +72,39 @@ def count_parameters(config: ModelConfig) -> Parameters:
 
 
 @dataclass(frozen=True)
+class AdapterCost:
+    """What makes a run of an adapter cheaper: only the adapter learns.
+
+    Attributes:
+        weights: numbers in it.
+        base_bytes: of the model's own weights in memory, quantised or not.
+    """
+
+    weights: int
+    base_bytes: int
+
+
+def adapter_cost(config: ModelConfig, lora: LoraConfig) -> AdapterCost:
+    """The adapter that a run with these settings trains.
+
+    Raises:
+        ConfigError: it names a module that the model does not have.
+    """
+    shapes = weight_shapes(config)
+    pairs = sum(
+        lora.rank_of(layer.huggingface) * (layer.inputs + layer.outputs) for layer in lora.adapted(config)
+    )
+    whole = sum(math.prod(shapes[own]) for own in lora.saved(config))
+    kind = BLOCK_TYPES[lora.quantise.upper()] if lora.quantise else None
+    inside = matrices_in_blocks(config)
+    base = sum(
+        kind.byte_size(shape) if kind and own in inside and kind.fits(shape) else _FLOAT * math.prod(shape)
+        for own, shape in shapes.items()
+    )
+    return AdapterCost(pairs + whole, base)
+
+
+@dataclass(frozen=True)
 class Flops:
     """Floating-point operations of training, forward and back; a multiply-add counts as two."""
 
@@ -81,10 +116,11 @@ class Flops:
         return self.matrices + self.attention
 
 
-def row_flops(config: ModelConfig, row: Row) -> Flops:
+def row_flops(config: ModelConfig, row: Row, adapter: AdapterCost | None = None) -> Flops:
     """What a row costs: 6 a weight for each place that is multiplied with it, and attention's products.
 
-    2 for the product, 4 for the gradients of its two factors (Kaplan et al. 2020, section 2.1).
+    2 for the product, 4 for the gradients of its two factors (Kaplan et al. 2020, section 2.1). A weight
+    that does not learn costs 4, and the adapter's own come on top.
     Attention counts the pairs of query and key that may be looked at as if a row were one text; what
     packing hides is multiplied all the same. Norms, activations and the optimiser are not counted.
     """
@@ -95,6 +131,8 @@ def row_flops(config: ModelConfig, row: Row) -> Flops:
     )
     # two products forward and four back, each 2 x (width of all heads) a pair of query and key
     attention = 12 * config.heads * config.head_width * _query_key_pairs(config, row)
+    if adapter is not None:
+        return Flops(4.0 * matrices + 6.0 * adapter.weights * row.tokens, float(attention))
     return Flops(6.0 * matrices, float(attention))
 
 
@@ -197,6 +235,8 @@ def process_memory(
     correction: float = 1.0,
     program: int = 0,
     data_tokens: int = 0,
+    adapter: AdapterCost | None = None,
+    recompute: bool = False,
 ) -> Memory:
     """What one of `world` processes needs.
 
@@ -206,18 +246,22 @@ def process_memory(
         correction: measured memory of a step by the estimated one.
         program: bytes of the process before it builds anything.
         data_tokens: in an epoch; 0 where that is not known.
+        adapter: if not the model learns but this.
+        recompute: whether blocks are computed again on the way back.
     """
-    total = count_parameters(config).total
-    state = optimizer_numbers(config, optimizer)
+    total = learning_numbers(config, adapter)
+    state = optimizer_numbers(config, optimizer, adapter)
+    frozen = adapter.base_bytes if adapter else 0
     spread = world if sharding == "shard" else 1
     # gradients of parts are added up before they are exchanged, and stay whole until then
     gradients = total if parts > 1 else total / spread
     gathered = _gathered(config) if spread > 1 else 0
     step = correction * max(
-        activation_bytes(config, row, rows_at_once, precision), _update_bytes(config, optimizer)
+        activation_bytes(config, row, rows_at_once, precision, adapter is not None, recompute),
+        0 if adapter else _update_bytes(config, optimizer),
     )
     return Memory(
-        weights=math.ceil(_FLOAT * total / spread),
+        weights=math.ceil((_FLOAT * total + frozen) / spread),
         gradients=math.ceil(_FLOAT * gradients),
         optimizer=math.ceil(_FLOAT * state / spread),
         gathered=gathered,
@@ -229,15 +273,22 @@ def process_memory(
     )
 
 
-def optimizer_numbers(config: ModelConfig, optimizer: str) -> int:
+def learning_numbers(config: ModelConfig, adapter: AdapterCost | None = None) -> int:
+    """How many weights learn."""
+    return adapter.weights if adapter else count_parameters(config).total
+
+
+def optimizer_numbers(config: ModelConfig, optimizer: str, adapter: AdapterCost | None = None) -> int:
     """Float32 numbers of optimiser state."""
+    if adapter:
+        return adapter.weights * (1 if optimizer == "muon" else 2)
     momentum = sum(math.prod(shape) for shape in _hidden_shapes(config, optimizer))
     return momentum + 2 * (count_parameters(config).total - momentum)
 
 
-def checkpoint_bytes(config: ModelConfig, optimizer: str) -> int:
-    """One checkpoint on disk: weights and optimiser state."""
-    return _FLOAT * (count_parameters(config).total + optimizer_numbers(config, optimizer))
+def checkpoint_bytes(config: ModelConfig, optimizer: str, adapter: AdapterCost | None = None) -> int:
+    """One checkpoint on disk: what learns, and its optimiser state."""
+    return _FLOAT * (learning_numbers(config, adapter) + optimizer_numbers(config, optimizer, adapter))
 
 
 def _gathered(config: ModelConfig) -> int:
@@ -259,7 +310,9 @@ def _update_bytes(config: ModelConfig, optimizer: str) -> int:
     return max((5 * _FLOAT * count * math.prod(shape) for shape, count in together.items()), default=0)
 
 
-def activation_bytes(config: ModelConfig, row: Row, rows: int, precision: str) -> int:
+def activation_bytes(
+    config: ModelConfig, row: Row, rows: int, precision: str, frozen: bool = False, recompute: bool = False
+) -> int:
     """What a forward and backward pass over `rows` rows holds beside weights and gradients, about.
 
     What each layer keeps for the way back, as `lexmill.model` computes on a CPU: in bfloat16 the
@@ -274,14 +327,15 @@ def activation_bytes(config: ModelConfig, row: Row, rows: int, precision: str) -
         layer = tokens * _layer_bytes(config, keys, size)
         if side == 1:  # cross-attention, whose keys and values are those of the tokens that were read
             layer += tokens * _attention_bytes(config, row.length, size) + read * 2 * _heads(config) * size
-        kept += layers * layer
+        # a block that is computed again keeps only what goes into it: the stream, and a branch or copy beside it
+        kept += layers * (tokens * config.width * (_FLOAT + size) if recompute else layer)
         largest = max(largest, layer)
     places = rows * row.targets
     block = min(places, _LOGIT_ROWS)
     # hidden states that go into the head with their gradients, some rows of logits three times over
     head = places * config.width * 3 * size + block * config.vocab_size * (2 * _FLOAT + size)
     # the head's gradient, found with the loss and kept until the way back scales it
-    weight = 2 * _FLOAT * config.vocab_size * config.width
+    weight = 0 if frozen else 2 * _FLOAT * config.vocab_size * config.width
     matrices = count_parameters(config).matrices
     copies = matrices * 2 if size == 2 else _FLOAT * _joined(config)
     stream = 2 * (read + written) * config.width * _FLOAT

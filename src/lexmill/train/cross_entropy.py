@@ -61,7 +61,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, bias, dtype):  # type: ignore[override]
         with torch.autocast(hidden.device.type, enabled=False):
             inputs, matrix = hidden.to(dtype), weight.to(dtype)
-            to_hidden, to_weight = torch.empty_like(inputs), torch.zeros_like(weight, dtype=torch.float32)
+            to_hidden = torch.empty_like(inputs)
+            # a head that does not learn needs no gradient, which would be the largest tensor of a step
+            to_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
             to_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
             total = hidden.new_zeros((), dtype=torch.float32)
             for start in range(0, len(inputs), _ROWS):
@@ -69,6 +71,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = torch.mm(part, matrix.mT)
                 total += _to_gradient(logits, targets[start : start + _ROWS], bias, to_bias)
                 torch.mm(logits, matrix, out=to_hidden[start : start + _ROWS])
+                if to_weight is None:
+                    continue
                 if dtype == torch.float32:
                     to_weight.addmm_(logits.mT, part)
                 else:
@@ -82,7 +86,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         to_hidden, to_weight, to_bias = ctx.saved_tensors
         hidden, weight = ctx.dtypes
         bias = None if to_bias is None else to_bias * scale
-        return to_hidden.to(hidden) * scale, to_weight.to(weight) * scale, None, bias, None
+        learned = None if to_weight is None else to_weight.to(weight) * scale
+        return to_hidden.to(hidden) * scale, learned, None, bias, None
 
 
 def _to_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None, to_bias: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,14 +17,17 @@ from lexmill.devices import (
     threads,
 )
 from lexmill.model.config import ModelConfig
+from lexmill.model.transformer import Transformer
 from lexmill.train.calibration import Calibration, calibrate, peak_flops, rows_in
 from lexmill.train.config import TrainConfig
 from lexmill.train.cost import (
+    AdapterCost,
     Memory,
     Parameters,
     Row,
     checkpoint_bytes,
     count_parameters,
+    learning_numbers,
     optimizer_flops,
     process_memory,
     row_flops,
@@ -121,6 +125,7 @@ class Forecast:
     checkpoint: int
     disk: int
     time: Time | None
+    learning: int  # weights that learn: all, or an adapter's
     warnings: tuple[str, ...] = field(default=())
 
 
@@ -134,6 +139,8 @@ def forecast(
     world: int = 1,
     validation_tokens: int = 0,
     seconds: float = CALIBRATION_SECONDS,
+    adapter: AdapterCost | None = None,
+    build: Callable[[], Transformer] | None = None,
 ) -> Forecast:
     """Say what `train` will cost with these settings; nothing is written.
 
@@ -143,13 +150,14 @@ def forecast(
         world: processes that train together, each on a machine or GPU like this one.
         validation_tokens: in each validation.
         seconds: for the calibration, about; 0 leaves it out, and time is not known then.
+        adapter: if not the model learns but this; `build` then makes the model with it for the calibration.
     """
     device = find_device(config.device)
     precision = choose_precision(config.precision, device.type)
     give_back_freed_memory()  # what reading documents left is no part of the program
     own_rows = -(-config.rows // world)
     at_once = min(config.micro_rows or own_rows, own_rows)
-    run = _Question(config, shape, row, world, own_rows, precision, resident_memory(), data)
+    run = _Question(config, shape, row, world, own_rows, precision, resident_memory(), data, adapter)
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     peak = peak_flops(precision, device) if seconds else 0.0
     # the calibration must not run out of memory itself
@@ -158,17 +166,27 @@ def forecast(
     if seconds and rows:
         rows = rows_in(_PART_SECONDS, shape, row, rows, peak)
         found = calibrate(
-            shape, objective, row, config, rows=rows, precision=precision, device=device, seconds=seconds
+            shape,
+            objective,
+            row,
+            config,
+            rows=rows,
+            precision=precision,
+            device=device,
+            seconds=seconds,
+            adapter=adapter,
+            build=build,
         )
         run = replace(run, correction=found.correction)
     time = _time(run, found, peak, validation_tokens) if found else None
     steps = _steps(config, row, time.step_seconds if time else 0.0)
     memories = {kind: run.memory(at_once, kind) for kind in ("replicate", "shard")}
     memory = memories[config.sharding]
-    work = row_flops(shape, row)
+    work = row_flops(shape, row, adapter)
     tokens = steps * config.rows * row.tokens
-    checkpoint = checkpoint_bytes(shape, config.optimizer)
-    weights = 4 * count_parameters(shape).total
+    checkpoint = checkpoint_bytes(shape, config.optimizer, adapter)
+    learning = learning_numbers(shape, adapter)
+    weights = 4 * learning
     return Forecast(
         parameters=count_parameters(shape),
         precision=precision,
@@ -184,7 +202,7 @@ def forecast(
         flops=work.total / row.tokens,
         step_flops=work.total * config.rows,
         total_flops=work.total * config.rows * steps,
-        update_flops=optimizer_flops(shape, config.optimizer),
+        update_flops=0.0 if adapter else optimizer_flops(shape, config.optimizer),
         rows_at_once=at_once,
         memory=memory,
         replicate=memories["replicate"] if world > 1 else None,
@@ -195,6 +213,7 @@ def forecast(
         # one more stands while the newest is written
         disk=checkpoint * (config.keep_last + 1) + weights * (2 if config.keep_best else 1),
         time=time,
+        learning=learning,
         warnings=_warnings(run, at_once, available, device.type),
     )
 
@@ -211,6 +230,7 @@ class _Question:
     precision: str
     program: int
     data: Data | None
+    adapter: AdapterCost | None = None
     correction: float = 1.0
 
     def memory(self, at_once: int, sharding: Sharding | None = None, alone: bool = False) -> Memory:
@@ -227,6 +247,8 @@ class _Question:
             correction=self.correction,
             program=self.program,
             data_tokens=self.data.tokens if self.data and not alone else 0,
+            adapter=self.adapter,
+            recompute=self.config.gradient_checkpointing,
         )
 
     def needed(self, at_once: int, device: str, alone: bool = False) -> int:
@@ -274,7 +296,7 @@ def _time(run: _Question, found: Calibration, peak: float, validation_tokens: in
         validation_seconds=validations * validation_tokens * token_seconds / 3,
         tokens_per_second=config.rows * row.tokens / step,
         peak_flops=peak,
-        peak_share=row_flops(run.shape, row).total * run.own_rows / step / peak,
+        peak_share=row_flops(run.shape, row, run.adapter).total * run.own_rows / step / peak,
         calibration_rows=found.rows,
         calibration_steps=len(parts),
     )

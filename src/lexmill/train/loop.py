@@ -28,7 +28,7 @@ from lexmill.train.memory import explain_no_memory
 from lexmill.train.metrics import MetricsLog
 from lexmill.train.objective import Objective
 from lexmill.train.optimizers import OptimizerSet
-from lexmill.train.parallel import Task, gathered, own_parts, spread, synchronised
+from lexmill.train.parallel import Task, gathered, own_parts, recompute_blocks, spread, synchronised
 from lexmill.train.precision import autocast, choose_precision
 from lexmill.train.processes import Processes
 from lexmill.train.schedule import learning_rate_factor
@@ -97,6 +97,7 @@ def train(
     facts = {
         "stage": label,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "learning": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "processes": processes.world,
         "settings": to_mapping(config),
     }
@@ -148,6 +149,7 @@ class _Run:
         self.processes = processes = processes or Processes()
         self.unit = "seconds" if config.minutes else "steps"
         self.precision = processes.as_first_says(choose_precision(config.precision, processes.device.type))
+        recompute_blocks(model, config.gradient_checkpointing)
         self.task = spread(Task(model, objective), processes, config.sharding, config.compile)
         self.optimizers = OptimizerSet.of_run(model, config, self.precision)
         self.position = Position(precision=self.precision)

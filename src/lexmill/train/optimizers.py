@@ -113,9 +113,11 @@ class OptimizerSet:
             {"params": params, "lr": learning_rate * factor, "weight_decay": weight_decay if matrix else 0.0}
             for (factor, matrix), params in adamw.items()
         ]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=True)
-        ]
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if groups:  # of an adapter Muon may move everything
+            self.optimizers.append(
+                torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=True)
+            )
         if muon:
             hidden = [
                 {"params": params, "lr": matrix_learning_rate * factor} for factor, params in muon.items()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lexmill.model.stack import Stack
 from lexmill.train.batches import Batch
 from lexmill.train.examples import IGNORED
 from lexmill.train.objective import Objective
@@ -40,6 +41,13 @@ class Task(nn.Module):
         return torch.stack(parts).sum()
 
 
+def recompute_blocks(model: nn.Module, recompute: bool) -> None:
+    """Have training compute the inside of each block again on the way back, or keep it."""
+    for part in model.modules():
+        if isinstance(part, Stack):
+            part.recompute = recompute
+
+
 def spread(task: Task, processes: Processes, sharding: Sharding, compiled: bool = False) -> nn.Module:
     """The task as all processes run it together.
 
@@ -65,7 +73,11 @@ def spread(task: Task, processes: Processes, sharding: Sharding, compiled: bool 
     # a step without pairs leaves the pair head without a gradient
     unused = hasattr(task.model, "nsp")
     return nn.parallel.DistributedDataParallel(
-        task, find_unused_parameters=unused, gradient_as_bucket_view=True
+        # the only buffers are a quantised base, which is the same everywhere
+        task,
+        find_unused_parameters=unused,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
     )
 
 

@@ -44,7 +44,8 @@ def load_shards(folder: Path, model: nn.Module, optimizers: OptimizerSet) -> Non
 
 
 def _tensors(model: nn.Module, optimizers: OptimizerSet) -> dict[str, torch.Tensor]:
-    weights = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    learned = ((name, one) for name, one in model.named_parameters() if one.requires_grad)
+    weights = {f"model/{name}": parameter.detach() for name, parameter in learned}
     return weights | {f"optimizer/{name}": value for name, value in optimizers.tensors().items()}
 
 

@@ -1,0 +1,62 @@
+"""What a fine-tuning can be told. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lexmill.errors import ConfigError
+from lexmill.model.adapter import LoraConfig
+from lexmill.model.config import ModelConfig
+from lexmill.train.config import TrainConfig
+
+_LONGEST_ROW = (
+    1024  # tokens of a row where nothing is said; pretrained models have contexts of many thousands
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """The `[finetune]` table of a recipe."""
+
+    task: Literal["chat"] = "chat"
+    lora: LoraConfig | None = None  # train an adapter, not the model
+    prompts: tuple[str, ...] = ("Hello",)  # questions whose answers are shown as training goes on
+    validation_fraction: float = 0.05  # of the rows of a file, where nothing else is held out
+    validation_rows: int = 512  # at most so many examples in each validation
+    join: int = 1  # up to so many conversations, drawn anew each epoch, become one of several turns
+    text_share: float = (
+        0.0  # share of the examples' tokens that are plain text, so that writing is not forgotten
+    )
+    row_length: int | None = (
+        None  # tokens in a training row; when not given the model's context, 1,024 at most
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.join < 1:
+            raise ConfigError("'join' must be at least 1.")
+        if not 0 <= self.text_share < 1:
+            raise ConfigError("'text_share' must lie in [0, 1).")
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigError("'validation_fraction' must lie in [0, 1).")
+        if self.row_length is not None and self.row_length < 4:
+            raise ConfigError("'row_length' must be at least 4.")
+
+    def _chosen(self) -> tuple[str, float]:
+        # measured in docs/decisions.md
+        return super()._chosen() if self.lora is None else ("adamw", 1e-3)
+
+    def length(self, model: ModelConfig) -> int:
+        """Tokens in a training row.
+
+        Raises:
+            ConfigError: more than the model's positions reach.
+        """
+        if self.row_length is None:
+            return min(model.context, _LONGEST_ROW)
+        if self.row_length > model.context and model.positions != "relative":
+            raise ConfigError(
+                f"'row_length' ({self.row_length:,}) is more than the model's context ({model.context:,})."
+            )
+        return self.row_length

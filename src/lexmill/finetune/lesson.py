@@ -1,0 +1,44 @@
+"""What a task gives the fine-tuning stage: each task is one file with a function that makes a `Lesson`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lexmill.data.documents import Document
+from lexmill.finetune.config import FinetuneConfig
+from lexmill.model.directory import ModelDirectory
+from lexmill.train.examples import Example
+from lexmill.train.objective import Objective
+
+# "train" or "validation" to its documents, read anew each time
+Splits = Callable[[str], Iterable[Document]]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is learned, in numbers.
+
+    Attributes:
+        loss: the objective; its sums name the metrics that `metrics.jsonl` and the live view show.
+        examples: those of an epoch: tokens, and targets that are `IGNORED` where the loss does not count.
+        validation: held out, at most `validation_rows` of them; may be empty.
+        length: tokens of a row; `decoder_length` of what an encoder–decoder writes.
+        pad: fills rows.
+        told: what there is to learn from, for a reader: "3,121 conversations".
+        facts: for the lineage.
+    """
+
+    loss: Objective
+    examples: Callable[[int], Sequence[Example]]
+    validation: Sequence[Example]
+    length: int
+    pad: int
+    told: str
+    decoder_length: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+# (settings, the model that learns, its data) -> what it learns
+TaskMaker = Callable[[FinetuneConfig, ModelDirectory, Splits], Lesson]
