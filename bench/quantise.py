@@ -28,6 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # for `llama_library`
+
 CHUNK = 512
 
 
@@ -37,24 +39,9 @@ class Score(NamedTuple):
     worst: float  # 99.9 % of positions diverge less
 
 
-def library() -> ctypes.CDLL:
-    """llama.cpp and ggml, as the xllamacpp wheel holds them."""
-    import xllamacpp
-
-    return ctypes.CDLL(str(sorted(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))[0]))
-
-
 def ggml_encode(weight, kind, importance, lib, threads):
     """The bytes that ggml's quantiser gives, rows shared among threads."""
     quantise = lib.ggml_quantize_chunk
-    quantise.restype = ctypes.c_size_t
-    quantise.argtypes = [
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        *[ctypes.c_int64] * 3,
-        ctypes.c_void_p,
-    ]
     weight = np.ascontiguousarray(weight, np.float32)
     rows, columns = weight.shape
     out = np.empty(kind.byte_size(weight.shape), np.uint8)
@@ -151,40 +138,11 @@ def in_llama_cpp(path: Path, chunks: list[list[int]]) -> float:
 
 
 def child(path: str) -> None:
-    """Read chunks, print the perplexity. Parameters are passed by value; only their first fields are touched."""
+    """Read chunks, print the perplexity."""
+    from llama_library import Batch, library, load
 
-    class Params(ctypes.Structure):
-        _fields_ = [("words", ctypes.c_uint32 * 256)]
-
-    class Batch(ctypes.Structure):
-        _fields_ = [
-            ("n_tokens", ctypes.c_int32),
-            ("token", ctypes.POINTER(ctypes.c_int32)),
-            *((name, ctypes.c_void_p) for name in ("embd", "pos", "n_seq_id", "seq_id")),
-            ("logits", ctypes.POINTER(ctypes.c_int8)),
-        ]
-
-    lib, pointer = library(), ctypes.c_void_p
-    for name, result, arguments in (
-        ("llama_model_default_params", Params, []),
-        ("llama_context_default_params", Params, []),
-        ("llama_model_load_from_file", pointer, [ctypes.c_char_p, Params]),
-        ("llama_model_get_vocab", pointer, [pointer]),
-        ("llama_vocab_n_tokens", ctypes.c_int32, [pointer]),
-        ("llama_init_from_model", pointer, [pointer, Params]),
-        ("llama_get_memory", pointer, [pointer]),
-        ("llama_memory_clear", None, [pointer, ctypes.c_bool]),
-        ("llama_decode", ctypes.c_int32, [pointer, Batch]),
-        ("llama_get_logits", ctypes.POINTER(ctypes.c_float), [pointer]),
-    ):
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
-    assert model, "the file does not load"
-    params = lib.llama_context_default_params()
-    params.words[0] = params.words[1] = params.words[2] = CHUNK  # n_ctx, n_batch, n_ubatch
-    context = lib.llama_init_from_model(model, params)
-    size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    lib = library()
+    _, context, size = load(lib, path, CHUNK)
     loss, positions = 0.0, 0
     for chunk in json.load(sys.stdin):
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
@@ -212,6 +170,8 @@ def main() -> None:
     parser.add_argument("--imatrix", type=Path, help="quantise with this importance matrix")
     parser.add_argument("--llama-cpp", nargs="*", default=[], help="types to be run by llama.cpp too")
     arguments = parser.parse_args()
+
+    from llama_library import library
 
     from lexmill.devices import keep_freed_memory, this_machine, threads
 

@@ -38,6 +38,18 @@ def randomise(model, deviation=0.15, norms=0.2, seed=11):
     return model
 
 
+def with_bos(value):
+    """Let a tokenizer.json put a BOS before each text."""
+    bos = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    first, second = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
+    value["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, first],
+        "pair": [bos, first, second],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }
+
+
 @pytest.fixture(scope="session")
 def any_tokenizer():
     """A tokenizer of fewer than 99 tokens, with ids that end a text."""

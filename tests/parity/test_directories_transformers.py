@@ -5,14 +5,11 @@ import json
 
 import numpy as np
 import pytest
-from conftest import randomise
+from made_models import model_maker
 
 from lexmill.inference.language_model import load
-from lexmill.model.build import build_model
-from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
-from lexmill.model.directory import write_model_directory
+from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS
 from lexmill.runtimes.llama_cpp import export_gguf
-from lexmill.tokenizer.training import TokenizerConfig, train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -46,21 +43,7 @@ TEXTS = ["It is a truth universally acknowledged", "the sea", "He said: no."]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, prose):
-    folder, made, tokenizers = tmp_path_factory.mktemp("models"), {}, {}
-
-    def get(name):
-        kind, flags = MODELS[name]
-        if kind not in tokenizers:
-            options = {"unigram": {"sentinels": 10}, "wordpiece": {"lowercase": True}}.get(kind, {})
-            config = TokenizerConfig(kind=kind, vocab_size=500, **options)
-            tokenizers[kind] = train_tokenizer([prose[:60_000]], config)
-        if name not in made:
-            config = ModelConfig(**{**SHAPE, **flags})
-            weights = randomise(build_model(config)).weights()
-            made[name] = write_model_directory(folder / name, config, weights, tokenizers[kind])
-        return made[name]
-
-    return get
+    return model_maker(tmp_path_factory.mktemp("models"), prose, SHAPE, MODELS)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])

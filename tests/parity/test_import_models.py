@@ -9,6 +9,7 @@ import gguf_samples as samples
 import numpy as np
 import pytest
 from conftest import lexmill, randomise
+from made_models import model_maker
 from test_import_tokenizers import check_round_trip, differences
 
 from lexmill.errors import FileError, FormatError, LexmillError, ModelError
@@ -17,12 +18,11 @@ from lexmill.inference.language_model import load
 from lexmill.model.build import build_model
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
-from lexmill.runtimes.gguf_shapes import held_weights, weight_in_gguf
+from lexmill.runtimes.gguf_shapes import held_tensors
 from lexmill.runtimes.huggingface import export_huggingface
 from lexmill.runtimes.import_model import import_model
 from lexmill.runtimes.llama_cpp import LlamaCpp, export_gguf
 from lexmill.runtimes.verify import verify
-from lexmill.tokenizer.training import TokenizerConfig, train_tokenizer
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
@@ -44,31 +44,17 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, prose):
-    folder, made, tokenizers = tmp_path_factory.mktemp("models"), {}, {}
-
-    def get(name):
-        kind, flags = MODELS[name]
-        if kind not in tokenizers:
-            options = {"unigram": {"sentinels": 10}, "wordpiece": {"lowercase": True}}.get(kind, {})
-            config = TokenizerConfig(kind=kind, vocab_size=500, **options)
-            tokenizers[kind] = train_tokenizer([prose[:60_000]], config)
-        if name not in made:
-            config = ModelConfig(**{**SHAPE, **flags})
-            weights = randomise(build_model(config)).weights()
-            made[name] = write_model_directory(folder / name, config, weights, tokenizers[kind])
-        return made[name]
-
-    return get
+    return model_maker(tmp_path_factory.mktemp("models"), prose, SHAPE, MODELS)
 
 
 def check_weights_are_gguf_s(path, model):
     """Every weight is, bit for bit, what the `gguf` package makes of the file."""
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for name in held_weights(model.config):
-        tensor = tensors.pop(name.gguf)
+    for held in held_tensors(model.config):
+        tensor = tensors.pop(held.name)
         theirs = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(-1)
         np.testing.assert_array_equal(
-            weight_in_gguf(model, name).reshape(-1).view(np.uint32), theirs.view(np.uint32), name.gguf
+            held.made_of(model).reshape(-1).view(np.uint32), theirs.view(np.uint32), held.name
         )
     assert not tensors
 
@@ -240,9 +226,8 @@ def test_the_command(tmp_path, models):
 # What lexmill's model does not have is refused by name; what says nothing is passed over.
 
 REFUSED = {
-    "linear rope": (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), "rope.scaling.type"),
-    "yarn": (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rope.scaling.type"),
-    "scaling by number": (lambda w: w.add_rope_scaling_factor(4.0), "rope.scaling.factor"),
+    "long rope": (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "kind 'longrope'"),
+    "scaled scores": (lambda w: w.add_rope_scaling_attn_factors(2.0), "scaled scores"),
     "partial rope": (lambda w: w.add_rope_dimension_count(8), "rotary positions on 8 of 16"),
     "experts": (lambda w: w.add_expert_count(8), "expert_count"),
     "window": (lambda w: w.add_sliding_window(64), "attention.sliding_window"),
@@ -256,6 +241,7 @@ REFUSED = {
     "a bias": (lambda w: w.add_tensor("blk.0.attn_q.bias", np.zeros(32, np.float32)), "attn_q.bias"),
 }
 PASSED = {
+    "scaling by nothing": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR),
     "no scaling": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.NONE),
     "no experts": lambda w: w.add_expert_count(0),
     "frequencies as they are": lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),

@@ -1,5 +1,7 @@
 """The decoder against transformers' Llama, Qwen2 and Qwen3: logits and gradients, on random weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,13 @@ from lexmill.model.cache import Cache
 from lexmill.model.config import ModelConfig
 from lexmill.model.decoder import Decoder
 from lexmill.model.names import weight_names, weight_shapes
+from lexmill.model.positions import rotary_table
+from lexmill.model.rope_scaling import RopeScaling
 
 transformers = pytest.importorskip("transformers")
 
+LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_context=64)
+YARN = RopeScaling(kind="yarn", factor=4.0, original_context=32)
 BASE = dict(
     vocab_size=331,
     width=64,
@@ -30,6 +36,13 @@ SHAPES = {
     "wide heads": {"head_width": 32, "tied": False, "norm_eps": 1e-6},
     "qwen2": {"qkv_bias": True, "kv_heads": 2},
     "qwen3": {"qk_norm": True, "kv_heads": 2, "head_width": 32},
+    "linear": {"rope_scaling": RopeScaling(kind="linear", factor=3.0)},
+    "llama3": {"rope_scaling": LLAMA3, "head_width": 32, "rope_theta": 500000.0},
+    "yarn": {"rope_scaling": YARN, "head_width": 32, "qkv_bias": True},
+    "yarn, own": {
+        "rope_scaling": replace(YARN, attention=0.7, beta_fast=4.0, beta_slow=0.5),
+        "qk_norm": True,
+    },
 }
 
 
@@ -51,6 +64,25 @@ def pair(**changes):
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     theirs.tie_weights()
     return config, ours, theirs
+
+
+@pytest.mark.parametrize("name", ["plain", "linear", "llama3", "yarn", "yarn, own"])
+@pytest.mark.parametrize("width", [16, 64, 128])
+def test_rotary_tables_are_transformers_bit_for_bit(name, width):
+    """At every position up to 131,072, as far as float32 reaches."""
+    scaling = SHAPES[name].get("rope_scaling")
+    if scaling and scaling.original_context:
+        scaling = replace(scaling, original_context=8192)
+    config = ModelConfig(
+        **{**BASE, "head_width": width, "rope_scaling": scaling, "context": 131072, "rope_theta": 5e5}
+    )
+    kind = transformers.LlamaConfig(**{k: v for k, v in config.to_huggingface().items() if k != "model_type"})
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(kind)
+    positions = torch.tensor([[0, 1, 2, 77, 8191, 8192, 30_001, 131_071]])
+    cos, sin = theirs(torch.zeros(1), positions)
+    ours = rotary_table(positions, width, config.rope_theta, scaling)
+    assert torch.equal(ours[0], cos[..., : width // 2]) and torch.equal(ours[1], sin[..., : width // 2])
+    assert ModelConfig.from_huggingface(config.to_huggingface()) == config
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())

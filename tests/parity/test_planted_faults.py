@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import randomise
+from conftest import randomise, with_bos
 
 from lexmill.cli.verify import show_checks
 from lexmill.formats.blocks import BLOCK_TYPES, encode
@@ -44,14 +44,7 @@ Q, K = "blk.{}.attn_q.weight", "blk.{}.attn_k.weight"
 def begins_with_bos(tokenizer):
     """The same tokenizer, but with a BOS before each text, and with another template than ChatML."""
     value = json.loads(tokenizer.json)
-    bos = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-    first, second = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
-    value["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [bos, first],
-        "pair": [bos, first, second],
-        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
-    }
+    with_bos(value)
     template = tokenizer.chat_template.replace("<|im_end|>' + '\n'", "<|im_end|>' + '\n\n'")
     return Tokenizer(json.dumps(value), tokenizer.ids, template)
 

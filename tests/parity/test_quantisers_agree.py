@@ -1,11 +1,9 @@
 """lexmill's quantisers and importance matrices against ggml's own, reached through the xllamacpp wheel."""
 
-import ctypes
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from llama_library import library
 
 from lexmill.evaluate.importance import collect_importance
 from lexmill.formats.blocks import BLOCK_TYPES, decode, encode
@@ -18,22 +16,13 @@ from lexmill.model.names import weight_shapes
 from lexmill.runtimes.llama_cpp import export_gguf, weight_error
 from lexmill.runtimes.verify import verify
 
-xllamacpp = pytest.importorskip("xllamacpp")
+pytest.importorskip("xllamacpp")
 
 
 @pytest.fixture(scope="module")
 def ggml():
     """ggml's quantiser as a function of weights, type and importance."""
-    library = ctypes.CDLL(str(sorted(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))[0]))
-    quantise = library.ggml_quantize_chunk
-    quantise.restype = ctypes.c_size_t
-    quantise.argtypes = [
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        *[ctypes.c_int64] * 3,
-        ctypes.c_void_p,
-    ]
+    quantise = library().ggml_quantize_chunk
 
     def call(weights, kind, importance=None):
         out = np.empty(kind.byte_size(weights.shape), np.uint8)

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import with_bos
 
 from lexmill.errors import FileError
 from lexmill.formats.gguf import GGUFFile
@@ -406,17 +407,6 @@ def user_token(value):
     plain = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": False}
     value["model"]["vocab"]["<tool>"] = 512
     value["added_tokens"].append({"id": 512, "content": "<tool>", **plain})
-
-
-def with_bos(value):
-    bos = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-    first, second = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
-    value["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [bos, first],
-        "pair": [bos, first, second],
-        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
-    }
 
 
 @pytest.mark.parametrize("form", [gpt2_form, smollm_form, user_token, with_bos])

@@ -21,6 +21,12 @@ def verify(
             "--ollama", metavar="NAME|URL", help="Ask a running Ollama too: NAME, or http://host:port/NAME."
         ),
     ] = "",
+    llama_server: Annotated[
+        Path | None,
+        typer.Option(
+            "--llama-server", help="Run GGUF files in this llama-server, not in the xllamacpp wheel."
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="Length of the greedy continuations.", min=1)] = 64,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the checks to this JSON file.")
@@ -42,7 +48,14 @@ def verify(
 
     path = find_model(model)
     files = gguf if gguf else sorted((path.parent / "export").glob("*.gguf"))
-    report = run_verify(path, files, tokens=tokens, ollama=ollama, progress=make_progress(quiet or json))
+    report = run_verify(
+        path,
+        files,
+        tokens=tokens,
+        ollama=ollama,
+        llama_server=llama_server,
+        progress=make_progress(quiet or json),
+    )
     if out:
         report.write(out)
     if json:

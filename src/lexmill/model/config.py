@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lexmill.errors import ConfigError
+from lexmill.model.rope_scaling import RopeScaling
 
 Shape = Literal["decoder", "encoder", "encoder_decoder"]
 
@@ -68,6 +69,7 @@ _ONLY_IN = {
     "mlm": ("bert", "modernbert"),
     "nsp": ("bert",),
     "pooler": ("bert",),
+    "rope_scaling": ("llama", "qwen2", "qwen3"),
 }
 
 
@@ -91,6 +93,7 @@ class ModelConfig:
     decoder_layers: int = 0  # of an encoder–decoder
     positions: Literal["rotary", "learned", "relative"] = "rotary"
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     local_window: int = 0  # local layers see half of it to each side; 0: every layer sees all
     local_theta: float = 10000.0  # rotary base of local layers
     global_every: int = 3  # with a local window: each n-th layer, from the first, sees all
@@ -130,6 +133,8 @@ class ModelConfig:
         for name in ("rope_theta", "local_theta", "norm_eps"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ConfigError(f"'{name}' must be a positive number, but is {getattr(self, name)}.")
+        if self.rope_scaling is not None and self.rope_theta <= 1:
+            raise ConfigError(f"A rotary scaling needs a 'rope_theta' above 1, but it is {self.rope_theta}.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"'dropout' must lie in [0, 1), but is {self.dropout}.")
         if self.positions == "relative" and (self.relative_buckets < 4 or self.relative_buckets % 4):

@@ -74,10 +74,7 @@ class ModelDirectory:
 
     def weight(self, own_name: str) -> np.ndarray:
         """One weight as float32, by lexmill's name for it."""
-        whole = self._weights.float32(self._stored[own_name])
-        index, of = self._names[own_name].part
-        size = len(whole) // of
-        return whole[index * size : (index + 1) * size]
+        return self._names[own_name].rows(self._weights.float32(self._stored[own_name]))
 
     def weight_dtype(self, own_name: str) -> str:
         """How it is stored: "F32", "BF16" or "F16"."""
@@ -206,8 +203,7 @@ def _stored_names(path: Path, config: ModelConfig, weights: Weights) -> dict[str
         found = find_name(name, present)
         if found is None:
             raise ModelError(f"{path}: the weight '{name.huggingface}' is missing.", _COMPLETE)
-        rows, *rest = shapes[name.own]
-        expected = (rows * name.part[1], *rest)
+        expected = name.whole_shape(shapes[name.own])
         if weights.shape(found) != expected:
             raise ModelError(
                 f"{path}: the weight '{found}' has the shape {weights.shape(found)}, "

@@ -2,71 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from lexmill.errors import ConfigError, ModelError
 from lexmill.model.config import FAMILIES, ModelConfig
+from lexmill.model.huggingface_rope import read_plain, read_scaling, read_theta, write_scaling
+from lexmill.model.huggingface_values import ACTIVATIONS, Values
 
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
 _ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
-
-
-class _Values:
-    """Reads typed values and complains by name."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values, self.where = values, where
-
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise ModelError(
-                f"{self.where}: the key '{key}' is missing.", "The file may be cut off; copy it again."
-            )
-        number = kind is float and isinstance(value, int) and not isinstance(value, bool)
-        if not (isinstance(value, kind) or number) or (kind is int and isinstance(value, bool)):
-            raise ModelError(f"{self.where}: '{key}' should be of type {kind.__name__}, but is {value!r}.")
-        return kind(value)
-
-    def activation(self, key: str, default: str) -> str:
-        name = self.get(key, str, default)
-        if name not in _ACTIVATIONS:
-            raise ModelError(f"{self.where}: the activation '{name}' is not supported yet.")
-        return _ACTIVATIONS[name]
-
-    def rope(self) -> Mapping[str, Any]:
-        """The table of rotary parameters; transformers 4 kept those of scaled positions in another."""
-        tables = [self.values.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-        if not all(isinstance(table, Mapping) for table in tables):
-            raise ModelError(f"{self.where}: 'rope_parameters' should be a table.")
-        return {**tables[1], **tables[0]}
-
-    def refuse(self, problems: Mapping[str, bool]) -> None:
-        """A feature that would be ignored in silence is an error instead: the answers would differ."""
-        for problem, present in problems.items():
-            if present:
-                raise ModelError(f"{self.where}: {problem} is not supported yet.")
-
-    def plain_rope(self, rope: Mapping[str, Any]) -> float | None:
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        self.refuse({f"rotary scaling of type '{kind}'": kind != "default"})
-        theta = rope.get("rope_theta")
-        return float(theta) if isinstance(theta, (int, float)) else None
 
 
 def read_config(values: Mapping[str, Any], where: str, weights: Collection[str] = ()) -> ModelConfig:
     """See `ModelConfig.from_huggingface`."""
-    reader = _Values(values, where)
+    reader = Values(values, where)
     family = reader.get("model_type", str)
     if family not in _READERS:
         raise ModelError(
@@ -83,7 +32,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return _WRITERS[config.family](config)
 
 
-def _read_decoder(reader: _Values, family: str, weights: Collection[str]) -> dict[str, Any]:
+def _read_decoder(reader: Values, family: str, weights: Collection[str]) -> dict[str, Any]:
     get, rope = reader.get, reader.rope()
     heads, width = get("num_attention_heads", int), get("hidden_size", int)
     reader.refuse(
@@ -97,6 +46,7 @@ def _read_decoder(reader: _Values, family: str, weights: Collection[str]) -> dic
             "sliding-window attention": bool(reader.values.get("use_sliding_window")),
         }
     )
+    context = get("max_position_embeddings", int, 2048)
     return {
         "vocab_size": get("vocab_size", int),
         "width": width,
@@ -105,8 +55,9 @@ def _read_decoder(reader: _Values, family: str, weights: Collection[str]) -> dic
         "kv_heads": get("num_key_value_heads", int, heads),
         "head_width": get("head_dim", int, width // max(heads, 1)),
         "mlp_width": get("intermediate_size", int),
-        "context": get("max_position_embeddings", int, 2048),
-        "rope_theta": reader.plain_rope(rope) or get("rope_theta", float, 10000.0),
+        "context": context,
+        "rope_theta": read_theta(reader, rope),
+        "rope_scaling": read_scaling(reader, rope, context),
         "norm_eps": get("rms_norm_eps", float, 1e-6),
         "tied": get("tie_word_embeddings", bool, False),
         "dropout": 0.0,
@@ -115,6 +66,7 @@ def _read_decoder(reader: _Values, family: str, weights: Collection[str]) -> dic
 
 def _write_decoder(config: ModelConfig) -> dict[str, Any]:
     family = config.family
+    rope = write_scaling(config.rope_scaling)
     architecture = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     values: dict[str, Any] = {
         "architectures": [architecture[family]],
@@ -129,9 +81,10 @@ def _write_decoder(config: ModelConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
-        # transformers 4 reads the first form, 5 the second
+        # transformers 4 reads the first form, with "rope_scaling" where there is one, 5 the last
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **({"rope_scaling": rope} if config.rope_scaling else {}),
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tied,
         "attention_dropout": 0.0,
     }
@@ -140,7 +93,7 @@ def _write_decoder(config: ModelConfig) -> dict[str, Any]:
     return values | {"use_sliding_window": False} | ({"attention_bias": False} if family == "qwen3" else {})
 
 
-def _read_bert(reader: _Values, family: str, weights: Collection[str]) -> dict[str, Any]:
+def _read_bert(reader: Values, family: str, weights: Collection[str]) -> dict[str, Any]:
     get = reader.get
     heads, width = get("num_attention_heads", int), get("hidden_size", int)
     kind = reader.values.get("position_embedding_type") or "absolute"
@@ -210,15 +163,15 @@ def _write_bert(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_modernbert(reader: _Values, family: str, weights: Collection[str]) -> dict[str, Any]:
+def _read_modernbert(reader: Values, family: str, weights: Collection[str]) -> dict[str, Any]:
     get = reader.get
     heads, width, layers = (
         get(key, int) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers")
     )
     rope = reader.rope()
     tables = {kind: rope.get(kind) or {} for kind in ("full_attention", "sliding_attention")}
-    theta = reader.plain_rope(tables["full_attention"]) or get("global_rope_theta", float, 160000.0)
-    local_theta = reader.plain_rope(tables["sliding_attention"]) or get("local_rope_theta", float, 10000.0)
+    theta = read_plain(reader, tables["full_attention"]) or get("global_rope_theta", float, 160000.0)
+    local_theta = read_plain(reader, tables["sliding_attention"]) or get("local_rope_theta", float, 10000.0)
     every, window = _layer_pattern(reader, layers)
     masked = not weights or any(name.startswith(("decoder.", "head.")) for name in weights)
     reader.refuse(
@@ -253,12 +206,12 @@ def _read_modernbert(reader: _Values, family: str, weights: Collection[str]) -> 
     }
 
 
-def _modern_biases(reader: _Values) -> dict[str, bool]:
+def _modern_biases(reader: Values) -> dict[str, bool]:
     reader.refuse({"biases in attention": reader.get("attention_bias", bool, False)})
     return {"mlp_bias": reader.get("mlp_bias", bool, False)}
 
 
-def _layer_pattern(reader: _Values, layers: int) -> tuple[int, int]:
+def _layer_pattern(reader: Values, layers: int) -> tuple[int, int]:
     """Every how many layers one sees all, and the window of the others (0: there are no others)."""
     types = reader.values.get("layer_types")
     every = reader.get("global_attn_every_n_layers", int, 3)
@@ -269,11 +222,18 @@ def _layer_pattern(reader: _Values, layers: int) -> tuple[int, int]:
         local = [kind == "sliding_attention" for kind in types]
         if not any(local):
             return 3, 0
-        following = [index for index, small in enumerate(local) if not small and index]
-        every = following[0] if following else layers
-        if local != [bool(index % every) for index in range(layers)]:
+        found = global_period(local)
+        if found is None:
             raise ModelError(f"{reader.where}: this order of local and global layers is not supported.")
+        every = found
     return every, window
+
+
+def global_period(local: Sequence[bool]) -> int | None:
+    """Every how many layers, from the first, one is not local; None where they keep no such order."""
+    following = [index for index, small in enumerate(local) if not small and index]
+    every = following[0] if following else max(len(local), 1)
+    return every if list(local) == [bool(index % every) for index in range(len(local))] else None
 
 
 def _write_modernbert(config: ModelConfig) -> dict[str, Any]:
@@ -314,14 +274,14 @@ def _write_modernbert(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_t5(reader: _Values, family: str, weights: Collection[str]) -> dict[str, Any]:
+def _read_t5(reader: Values, family: str, weights: Collection[str]) -> dict[str, Any]:
     get = reader.get
     layers, projection = get("num_layers", int), get("feed_forward_proj", str, "relu")
     gated, _, name = projection.rpartition("-")
-    if name not in _ACTIVATIONS or gated not in ("", "gated"):
+    if name not in ACTIVATIONS or gated not in ("", "gated"):
         raise ModelError(f"{reader.where}: the MLP '{projection}' is not supported yet.")
     # "gated-gelu" has always meant the tanh form (transformers, configuration_t5.py)
-    activation = "gelu_tanh" if projection == "gated-gelu" else _ACTIVATIONS[name]
+    activation = "gelu_tanh" if projection == "gated-gelu" else ACTIVATIONS[name]
     tied = get("tie_word_embeddings", bool, True)
     return {
         "vocab_size": get("vocab_size", int),
@@ -377,7 +337,7 @@ def _write_t5(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-_READERS: dict[str, Callable[[_Values, str, Collection[str]], dict[str, Any]]] = {
+_READERS: dict[str, Callable[[Values, str, Collection[str]], dict[str, Any]]] = {
     "llama": _read_decoder,
     "qwen2": _read_decoder,
     "qwen3": _read_decoder,

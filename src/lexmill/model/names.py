@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from lexmill.model.config import ModelConfig
 
 
@@ -14,8 +16,8 @@ class WeightName:
 
     `rope` is "q" or "k" for the projections whose rows depend on how a runtime pairs the
     coordinates that rotary positions turn; GGUF's `llama` architecture wants other pairs.
-    `gguf` is "" where llama.cpp has no place for the weight. `part` is (index, of) where the
-    file of Hugging Face holds several of our matrices as one, rows behind rows.
+    `gguf` is "" where llama.cpp has no place for the weight. `part` is (index, of) where files
+    hold several of our matrices, of one shape, as one: rows behind rows.
     """
 
     own: str
@@ -23,6 +25,16 @@ class WeightName:
     gguf: str
     rope: str = ""
     part: tuple[int, int] = (0, 1)
+
+    def rows(self, whole: np.ndarray) -> np.ndarray:
+        """This weight's rows of the matrix in a file."""
+        index, of = self.part
+        size = len(whole) // of
+        return whole[index * size : (index + 1) * size]
+
+    def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the matrix in a file, of which this weight has `shape`."""
+        return (shape[0] * self.part[1], *shape[1:])
 
 
 def _linear(own: str, huggingface: str, gguf: str, bias: bool, rope: str = "") -> list[WeightName]:

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lexmill.model.kernels import kernels_for
+from lexmill.model.rope_scaling import RopeScaling
 
 
-def rotary_table(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    positions: Tensor, head_width: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine for each position and each pair of coordinates.
 
     Args:
@@ -24,9 +27,16 @@ def rotary_table(positions: Tensor, head_width: int, theta: float) -> tuple[Tens
         Two float32 tensors of shape (*S, head_width // 2).
     """
     exponents = torch.arange(0, head_width, 2, dtype=torch.int64).float() / head_width
-    frequencies = 1.0 / (theta**exponents)
+    periods = theta**exponents
+    if scaling is None:
+        frequencies = 1.0 / periods
+    else:
+        frequencies = torch.from_numpy(scaling.frequencies(periods.numpy(), theta))
     angles = positions.float()[..., None] * frequencies.to(positions.device)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    if scaling is not None and scaling.magnitude != 1:
+        return cos * scaling.magnitude, sin * scaling.magnitude
+    return cos, sin
 
 
 class _Rotate(torch.autograd.Function):

@@ -72,7 +72,7 @@ class Stack(nn.Module):
         config, time = self.config, x.shape[1]
         rotary = bias = None
         if config.positions == "rotary":
-            rotary = rotary_table(positions, config.head_width, config.rope_theta)
+            rotary = rotary_table(positions, config.head_width, config.rope_theta, config.rope_scaling)
         elif config.positions == "relative":
             bias = self.relative(time, time + (cache.length if cache is not None else 0))
         wide = Scope(mask, self.causal, rotary, bias)

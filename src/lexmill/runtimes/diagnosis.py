@@ -15,13 +15,17 @@ from lexmill.model.directory import ModelDirectory
 from lexmill.runtimes.diagnosis_tokenizer import tokenizer_causes
 from lexmill.runtimes.diagnosis_weights import weight_causes
 from lexmill.runtimes.gguf_kept import same_value
-from lexmill.runtimes.gguf_shapes import shape_metadata
+from lexmill.runtimes.gguf_rope import is_neutral
+from lexmill.runtimes.gguf_shapes import architecture, shape_metadata
 from lexmill.runtimes.verify_report import Diagnosis
 
 # What a setting does, and what llama.cpp takes where a file leaves it out (src/llama-model.cpp); None where
 # it then refuses the file.
 _SETTINGS: dict[str, tuple[str, object]] = {
     "rope.freq_base": ("the base of the rotary positions (RoPE theta)", 10000.0),
+    "rope.scaling.type": ("how rotary positions are scaled", "linear"),
+    "rope.scaling.factor": ("by how much rotary positions are scaled", 1.0),
+    "rope.scaling.original_context_length": ("the context before rotary positions were scaled", ()),
     "rope.dimension_count": ("the part of a head that rotary positions turn", ()),
     "attention.layer_norm_rms_epsilon": ("the epsilon of the norms", None),
     "attention.layer_norm_epsilon": ("the epsilon of the norms", None),
@@ -91,9 +95,9 @@ _ROUNDING = ", or its rounding adds up to more than is allowed for"
 
 def _causes(file: GGUFFile, model: ModelDirectory) -> Iterator[tuple[str, str]]:
     """(kind, sentence) of everything in the file that is not the model's."""
-    architecture = file.metadata.get("general.architecture")
-    if architecture != model.config.family:
-        yield "setting", f"The file is of another architecture: {architecture}, not {model.config.family}."
+    found, meant = file.metadata.get("general.architecture"), architecture(model.config)
+    if found != meant:
+        yield "setting", f"The file is of another architecture: {found}, not {meant}."
         return
     for sentence in _setting_causes(file, model):
         yield "setting", sentence
@@ -104,17 +108,20 @@ def _causes(file: GGUFFile, model: ModelDirectory) -> Iterator[tuple[str, str]]:
 
 
 def _setting_causes(file: GGUFFile, model: ModelDirectory) -> Iterator[str]:
-    family = model.config.family
+    family = architecture(model.config)
     expected = shape_metadata(model.config, model.pooling)
     if model.has_tokenizer:
         del expected[f"{family}.vocab_size"]  # the tokens and the rows of the embedding say more
+    for key, value in file.metadata.items():
+        if key.startswith(f"{family}.rope.scaling.") and key not in expected and not is_neutral(key, value):
+            yield f"The file scales rotary positions otherwise than the model: {key} is {_plain(value)}."
     for key, value in expected.items():
         meaning, absent = _SETTINGS.get(key.removeprefix(f"{family}."), ("a setting", ()))
         if key in file.metadata:
             if not same_value(value, file.metadata[key]):
                 yield (
-                    f"{meaning[0].upper()}{meaning[1:]} is wrong: {key} is {file.metadata[key]:g}, "
-                    f"the model has {value.value:g}."
+                    f"{meaning[0].upper()}{meaning[1:]} is wrong: {key} is {_plain(file.metadata[key])}, "
+                    f"the model has {_plain(value.value)}."
                 )
         elif absent is None:
             yield f"The file does not say {meaning}: {key} is missing, and llama.cpp needs it."
@@ -123,3 +130,7 @@ def _setting_causes(file: GGUFFile, model: ModelDirectory) -> Iterator[str]:
                 f"The file does not say {meaning}: {key} is missing, so llama.cpp takes {absent}; "
                 f"the model has {value.value}."
             )
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)[:60]

@@ -15,7 +15,8 @@ import numpy as np
 from lexmill.formats.gguf import GGUFFile
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.names import WeightName
-from lexmill.runtimes.gguf_shapes import held_weights, permute_rope, weight_in_gguf
+from lexmill.runtimes.gguf_rope import ROPE_FREQS, divisors_differ
+from lexmill.runtimes.gguf_shapes import held_weights, permute_rope, read_weight, weight_in_gguf
 from lexmill.runtimes.llama_cpp import tensor_error
 
 _BLOCK = 32  # weights under one scale, in the types that scale blocks
@@ -77,7 +78,9 @@ def weight_causes(file: GGUFFile, model: ModelDirectory) -> Iterator[str]:
         sentence = _cause(file, model, name, places)
         if sentence:
             tensors.setdefault(sentence, []).append(name.gguf)
-    extra = file.tensors.keys() - {name.gguf for name in held} - {"rope_freqs.weight"}
+    extra = file.tensors.keys() - {name.gguf for name in held} - {ROPE_FREQS}
+    if differs := divisors_differ(file, model.config):
+        tensors.setdefault("Rotary positions are not scaled as the model's", []).append(differs)
     if extra:
         tensors.setdefault("The file has tensors that the model has not", []).extend(sorted(extra))
     if sum(map(len, tensors.values())) == len(held) and set(tensors) <= {_OTHER}:
@@ -97,9 +100,9 @@ def _cause(file: GGUFFile, model: ModelDirectory, name: WeightName, places: _Pla
     info = file.tensors.get(name.gguf)
     if info is None:
         return _missing(name)
-    if info.shape != weight.shape:
-        return _misshapen(info.shape, weight.shape)
-    wrong = _Wrong(name, file.read(name.gguf), weight, info.type.name, model, places)
+    if info.shape != name.whole_shape(weight.shape):
+        return _misshapen(info.shape, name.whole_shape(weight.shape))
+    wrong = _Wrong(name, read_weight(file, name), weight, info.type.name, model, places)
     if wrong.holds(weight):
         return ""
     for symptom in _SYMPTOMS:

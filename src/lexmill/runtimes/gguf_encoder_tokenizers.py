@@ -1,4 +1,4 @@
-"""WordPiece and unigram tokenizers as GGUF metadata: what llama.cpp calls "bert" and "t5"."""
+"""WordPiece and unigram tokenizers as GGUF metadata: what llama.cpp calls "bert" and "t5"; and [CLS] text [SEP]."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from lexmill.errors import ModelError
 from lexmill.formats.charsmap import compile_charsmap
 from lexmill.formats.gguf import Value, array, boolean, string, u32
+from lexmill.runtimes.gguf_vocabulary import CONTROL, UNKNOWN, UNUSED, refuse_problems
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.tokenizer.wordpiece import MARKS_LAST, SPACES_FIRST
 
-_NORMAL, _UNKNOWN, _CONTROL, _UNUSED = 1, 2, 3, 5
 _SPACE = "▁"
 _HINT = "It can be exported in every other form; only llama.cpp has this tokenizer compiled in."
 
@@ -39,7 +39,7 @@ def wordpiece_metadata(
     model, ids = values["model"], tokenizer.ids
     normalizer = bert_normalizer(values)
     cls, sep = tokenizer.require_separators()
-    _refuse(
+    refuse_problems(
         where,
         {
             "another mark than '##' for what continues a word": model.get("continuing_subword_prefix")
@@ -52,11 +52,12 @@ def wordpiece_metadata(
             "another frame than [CLS] ... [SEP]": tokenizer.encode("") != [cls, sep],
             "no token for unknown words": ids.unk is None,
         },
+        _HINT,
     )
     lowercase = bool(normalizer.get("lowercase", True))
     strip = normalizer.get("strip_accents")
     written = [
-        text if type in (_CONTROL, _UNUSED) else text[2:] if text.startswith("##") else _SPACE + text
+        text if type in (CONTROL, UNUSED) else text[2:] if text.startswith("##") else _SPACE + text
         for text, type in zip(texts, types)
     ]
     if len(set(written)) < len(written) or "" in written:  # llama.cpp aborts, or renames the empty one
@@ -64,19 +65,27 @@ def wordpiece_metadata(
         raise ModelError(
             f"{where}: in llama.cpp's spelling of WordPiece two tokens, or none, would be {twice!r}.", _HINT
         )
-    optional = {"padding": ids.pad, "mask": ids.mask}
     return {
         "tokenizer.ggml.model": string("bert"),
         "tokenizer.ggml.tokens": array("string", written),
         "tokenizer.ggml.token_type": array("i32", list(types)),
         "tokenizer.ggml.normalizer.lowercase": boolean(lowercase),
         "tokenizer.ggml.normalizer.strip_accents": boolean(lowercase if strip is None else bool(strip)),
+        **frame_metadata(tokenizer),
+    }
+
+
+def frame_metadata(tokenizer: Tokenizer) -> dict[str, Value]:
+    """The ids of an encoder's tokenizer, and that it puts [CLS] before each text and [SEP] behind it."""
+    ids = tokenizer.ids
+    cls, sep = tokenizer.require_separators()
+    optional = {"unknown": ids.unk, "padding": ids.pad, "mask": ids.mask}
+    return {
         # [CLS] is what llama.cpp calls BOS; a pair is [CLS] A [SEP] B [SEP] only with these three flags
         "tokenizer.ggml.bos_token_id": u32(cls),
         "tokenizer.ggml.eos_token_id": u32(sep),
         "tokenizer.ggml.cls_token_id": u32(cls),
         "tokenizer.ggml.seperator_token_id": u32(sep),  # the real key is misspelt
-        "tokenizer.ggml.unknown_token_id": u32(ids.unk or 0),
         "tokenizer.ggml.add_bos_token": boolean(True),
         "tokenizer.ggml.add_eos_token": boolean(True),
         "tokenizer.ggml.add_sep_token": boolean(False),
@@ -107,7 +116,7 @@ def unigram_metadata(
     plain = [step for step in normalizers if not _merges_spaces(step)]
     swaps_space = any(_swaps_space(step) for step in plain)
     charsmaps = [step for step in plain if step.get("type") == "Precompiled"]
-    _refuse(
+    refuse_problems(
         where,
         {
             "byte_fallback": bool(model.get("byte_fallback")),
@@ -122,6 +131,7 @@ def unigram_metadata(
             "no token for unknown text, or none that ends a text": ids.unk is None or ids.eos is None,
             "another frame than a closing </s>": tokenizer.encode("") != [ids.eos],
         },
+        _HINT,
     )
     scores = [-10_000.0] * len(texts)
     for token, (_, score) in enumerate(model["vocab"]):
@@ -129,7 +139,7 @@ def unigram_metadata(
     for text in tokenizer.special_texts:
         if tokenizer.vocabulary[text] >= len(model["vocab"]):
             scores[tokenizer.vocabulary[text]] = -1000.0
-    kinds = [_UNKNOWN if token == ids.unk else type for token, type in enumerate(types)]
+    kinds = [UNKNOWN if token == ids.unk else type for token, type in enumerate(types)]
     metadata = {
         "tokenizer.ggml.model": string("t5"),
         "tokenizer.ggml.tokens": array("string", list(texts)),
@@ -152,15 +162,6 @@ def unigram_metadata(
     if charsmaps or splits or swaps_space:
         metadata["tokenizer.ggml.precompiled_charsmap"] = array("u8", list(charsmap))
     return metadata
-
-
-def _refuse(where: str, problems: Mapping[str, bool]) -> None:
-    for problem, present in problems.items():
-        if present:
-            raise ModelError(
-                f"{where}: the tokenizer has {problem}, which llama.cpp would not apply as tokenizer.json does.",
-                _HINT,
-            )
 
 
 def _steps(value: Any, parts: str) -> list[Mapping[str, Any]]:

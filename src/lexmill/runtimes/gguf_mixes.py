@@ -93,7 +93,7 @@ def _processing_order(names: Iterable[str]) -> list[str]:
 
 
 def _is_value(name: str) -> bool:
-    return "attn_v.weight" in name
+    return "attn_v.weight" in name or "attn_qkv.weight" in name
 
 
 def _output_type(default: str, shape: tuple[int, ...]) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lexmill.errors import ModelError
 from lexmill.formats.gguf import Value, array, boolean, string
-from lexmill.runtimes.gguf_vocabulary import BYTE, NORMAL, UNKNOWN, UNUSED
+from lexmill.runtimes.gguf_vocabulary import BYTE, NORMAL, UNKNOWN, UNUSED, refuse_problems
 from lexmill.tokenizer.loading import merges_of
 
 _SPACE = "▁"
@@ -57,12 +56,7 @@ def sentencepiece_metadata(
         f"{len(missing)} of the 256 bytes missing": bool(missing),
         "merges that leave pairs of pieces apart": not _all_pairs(pairs, known, marked),
     }
-    for problem, present in problems.items():
-        if present:
-            raise ModelError(
-                f"{where}: the tokenizer has {problem}, which llama.cpp would not apply as tokenizer.json does.",
-                "Byte-level BPE, WordPiece, unigram and Llama 2's form of SentencePiece can be exported to GGUF.",
-            )
+    refuse_problems(where, problems)
     unknown = model.get("unk_token")
     bytes_ = {f"<0x{byte:02X}>" for byte in range(256)}
     kinds = [

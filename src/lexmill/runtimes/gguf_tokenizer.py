@@ -7,19 +7,30 @@ is one of those can be exported. Keys: llama.cpp, src/llama-vocab.cpp.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from lexmill.errors import ModelError
 from lexmill.formats.gguf import Value, array, boolean, string, u32
-from lexmill.runtimes.gguf_encoder_tokenizers import unigram_metadata, wordpiece_metadata
+from lexmill.runtimes.gguf_encoder_tokenizers import frame_metadata, unigram_metadata, wordpiece_metadata
 from lexmill.runtimes.gguf_pre_tokenizers import name_of, spelled
 from lexmill.runtimes.gguf_sentencepiece import is_sentencepiece_bpe, sentencepiece_metadata
-from lexmill.runtimes.gguf_vocabulary import END_TEXTS, MIDDLE_TEXTS, fills_in_the_middle
+from lexmill.runtimes.gguf_vocabulary import (
+    CONTROL,
+    END_TEXTS,
+    MIDDLE_TEXTS,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    fills_in_the_middle,
+    refuse_problems,
+)
 from lexmill.tokenizer.special import END_OF_TURN
 from lexmill.tokenizer.tokenizer import Tokenizer
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+# In a model with this in its name llama.cpp lets this mask swallow the spaces before it (src/llama-vocab.cpp).
+MASK_TAKES_SPACES, MASK = "modern-bert", "[MASK]"
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str, Value]:
@@ -39,6 +50,8 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str,
         return make(tokenizer, values, *_tokens(tokenizer, values, rows, where), where)
     pre = "" if is_sentencepiece_bpe(values) else _check_form(values, where)
     texts, types = _tokens(tokenizer, values, rows, where)
+    if pre and _is_framed(tokenizer):
+        return _byte_bpe(pre, values, texts, types, where) | frame_metadata(tokenizer)
     ids = tokenizer.ids
     end = ids.eos if ids.eos is not None else next(iter(ids.stop), None)
     if end is None:
@@ -47,15 +60,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str,
             "Set 'eos_token' in tokenizer_config.json.",
         )
     if pre:
-        vocabulary = {
-            "tokenizer.ggml.model": string("gpt2"),
-            "tokenizer.ggml.pre": string(pre),
-            "tokenizer.ggml.tokens": array("string", texts),
-            "tokenizer.ggml.token_type": array("i32", types),
-            "tokenizer.ggml.merges": array(
-                "string", [_merge_text(pair, where) for pair in values["model"]["merges"]]
-            ),
-        }
+        vocabulary = _byte_bpe(pre, values, texts, types, where)
     else:
         vocabulary = sentencepiece_metadata(values, texts, types, where)
     metadata = vocabulary | {
@@ -75,6 +80,45 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str,
     if tokenizer.chat_template:
         metadata["tokenizer.chat_template"] = string(tokenizer.chat_template)
     return metadata
+
+
+def _byte_bpe(
+    pre: str, values: Mapping[str, Any], texts: list[str], types: list[int], where: str
+) -> dict[str, Value]:
+    merges = [_merge_text(pair, where) for pair in values["model"]["merges"]]
+    return {
+        "tokenizer.ggml.model": string("gpt2"),
+        "tokenizer.ggml.pre": string(pre),
+        "tokenizer.ggml.tokens": array("string", texts),
+        "tokenizer.ggml.token_type": array("i32", types),
+        "tokenizer.ggml.merges": array("string", merges),
+    }
+
+
+def _is_framed(tokenizer: Tokenizer) -> bool:
+    """Whether each text stands between [CLS] and [SEP], as encoders have it."""
+    ids = tokenizer.ids
+    return None not in (ids.cls, ids.sep) and tokenizer.encode("") == [ids.cls, ids.sep]
+
+
+def model_name(name: str, tokenizer: Tokenizer) -> str:
+    """A model's name as a file says it: llama.cpp lets it depend on the name whether the mask takes spaces."""
+    mask = tokenizer.ids.mask
+    if mask is None or tokenizer.kind == "wordpiece":  # to which spaces mean nothing
+        return name
+    takes = any(_takes_spaces(token, mask) for token in json.loads(tokenizer.json).get("added_tokens") or [])
+    if takes == (MASK_TAKES_SPACES in name.lower()):
+        return name
+    return (
+        f"{name} ({MASK_TAKES_SPACES})"
+        if takes
+        else re.sub(MASK_TAKES_SPACES, "modernbert", name, flags=re.I)
+    )
+
+
+def _takes_spaces(token: Mapping[str, Any], mask: int | None) -> bool:
+    others = token.get("rstrip") or token.get("single_word")
+    return (token["id"], token["content"]) == (mask, MASK) and bool(token.get("lstrip")) and not others
 
 
 def adds_bos(tokenizer: Tokenizer, where: str) -> bool:
@@ -134,16 +178,17 @@ def _tokens(
     tokenizer: Tokenizer, values: Mapping[str, Any], rows: int, where: str
 ) -> tuple[list[str], list[int]]:
     texts = [f"[PAD{token}]" for token in range(rows)]
-    types = [_UNUSED] * rows
+    types = [UNUSED] * rows
     for text, token in tokenizer.vocabulary.items():
-        texts[token], types[token] = text, _NORMAL
+        texts[token], types[token] = text, NORMAL
     for added in values.get("added_tokens") or []:
-        if any(added.get(key) for key in ("lstrip", "rstrip", "single_word")):
+        swallows = any(added.get(key) for key in ("lstrip", "rstrip", "single_word"))
+        if swallows and not _takes_spaces(added, tokenizer.ids.mask):
             raise ModelError(
                 f"{where}: the added token {added['content']!r} swallows its surroundings (lstrip, rstrip or "
                 "single_word); llama.cpp cannot do that."
             )
-        types[added["id"]] = _CONTROL if added.get("special") else _USER_DEFINED
+        types[added["id"]] = CONTROL if added.get("special") else USER_DEFINED
     if len(set(texts)) != rows:  # llama.cpp aborts on such a file
         twice = next(text for text in texts if texts.count(text) > 1)
         raise ModelError(f"{where}: two tokens have the text {twice!r}; llama.cpp needs them all to differ.")
@@ -172,13 +217,7 @@ def _check_form(values: Mapping[str, Any], where: str) -> str:
         "a normalizer": normalizer is not None and normalizer.get("type") != "NFC",
         "a decoder that is not byte-level": (values.get("decoder") or {}).get("type") != "ByteLevel",
     }
-    for problem, present in problems.items():
-        if present:
-            raise ModelError(
-                f"{where}: the tokenizer has {problem}, which llama.cpp would not "
-                "apply as tokenizer.json does.",
-                "Byte-level BPE without a normalizer, WordPiece and unigram can be exported to GGUF.",
-            )
+    refuse_problems(where, problems)
     steps, whole_words = spelled(values.get("pre_tokenizer")), bool(model.get("ignore_merges"))
     name = name_of(steps, whole_words)
     if name is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lexmill.errors import FormatError
+from lexmill.errors import FormatError, ModelError
 from lexmill.formats.gguf import GGUFFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -50,6 +50,29 @@ _INFILL_TEXTS = (
 def fills_in_the_middle(texts: Collection[str]) -> bool:
     """Whether llama.cpp would fill in the middle with a vocabulary of these texts."""
     return all(any(name in texts for name in names) for names in _INFILL_TEXTS)
+
+
+EXPORTED_FORMS = (
+    "Byte-level BPE, WordPiece, unigram and Llama 2's form of SentencePiece can be exported to GGUF."
+)
+
+
+def refuse_problems(where: str, problems: Mapping[str, bool], hint: str = EXPORTED_FORMS) -> None:
+    """Refuse a tokenizer that llama.cpp would apply in another way without a word.
+
+    Args:
+        where: the model, for messages.
+        problems: what llama.cpp would not do, and whether this tokenizer has it.
+
+    Raises:
+        ModelError: names the first that is there.
+    """
+    for problem, present in problems.items():
+        if present:
+            raise ModelError(
+                f"{where}: the tokenizer has {problem}, which llama.cpp would not apply as tokenizer.json does.",
+                hint,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from lexmill.model.directory import ModelDirectory, convert, write_model_directo
 from lexmill.model.names import WeightName, weight_names, weight_shapes
 from lexmill.progress import SILENT, Progress, Task
 from lexmill.runtimes.gguf_kept import keep
-from lexmill.runtimes.gguf_shapes import weight_from_gguf
+from lexmill.runtimes.gguf_rope import ROPE_FREQS
+from lexmill.runtimes.gguf_shapes import read_weight, weight_from_gguf
 from lexmill.runtimes.gguf_vocabulary import read_vocabulary
 from lexmill.runtimes.huggingface import check_target, publish
 from lexmill.runtimes.import_shapes import config_from_gguf, pooling_of
@@ -174,13 +175,14 @@ class GGUFWeights(Mapping[str, np.ndarray]):
             info = file.tensors.get(name.gguf)
             if info is None:
                 raise FormatError(f"{file.path}: the tensor '{name.gguf}' is missing.", _HINT)
-            if info.shape != shapes[own]:
+            expected = name.whole_shape(shapes[own])
+            if info.shape != expected:
                 raise FormatError(
-                    f"{file.path}: the tensor '{name.gguf}' has the shape {info.shape} instead of {shapes[own]}.",
+                    f"{file.path}: the tensor '{name.gguf}' has the shape {info.shape} instead of {expected}.",
                     _HINT,
                 )
-        # of ones only, or refused when the shape was read; computed anew by every writer
-        unused = set(file.tensors) - {name.gguf for name in self._names.values()} - {"rope_freqs.weight"}
+        # read with the shape; computed anew by every writer
+        unused = set(file.tensors) - {name.gguf for name in self._names.values()} - {ROPE_FREQS}
         if unused:
             raise ModelError(
                 f"{file.path}: the tensor '{min(unused)}' has no place in a {config.family} model here.",
@@ -199,7 +201,7 @@ class GGUFWeights(Mapping[str, np.ndarray]):
         return len(self._names)
 
     def _stored(self, name: WeightName) -> np.ndarray:
-        values = self.file.read(name.gguf)
+        values = read_weight(self.file, name)
         if not np.isfinite(values).all():
             raise FormatError(
                 f"{self.file.path}: the tensor '{name.gguf}' holds something that is no number.", _HINT

@@ -17,6 +17,7 @@ from lexmill.errors import FormatError, ModelError
 from lexmill.formats.charsmap import compile_charsmap
 from lexmill.runtimes.gguf_encoder_tokenizers import WHITESPACE
 from lexmill.runtimes.gguf_pre_tokenizers import as_json, pre_tokenizer
+from lexmill.runtimes.gguf_tokenizer import MASK, MASK_TAKES_SPACES
 from lexmill.runtimes.gguf_vocabulary import (
     BYTE,
     CONTROL,
@@ -63,8 +64,8 @@ def import_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
         for key, own in special.TOKEN_NAMES.items()
         if (token := getattr(ids, own)) is not None
     }
-    decoder = vocabulary.model in ("gpt2", "llama")
-    segments = ["token_type_ids"] if vocabulary.model == "bert" else []
+    decoder = vocabulary.model in ("gpt2", "llama") and not _is_encoder(vocabulary)
+    segments = ["token_type_ids"] if vocabulary.model == "bert" and not _is_encoder(vocabulary) else []
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **names,
@@ -118,15 +119,47 @@ def _frame(vocabulary: Vocabulary, *, bos: bool, eos: bool) -> tuple[dict[str, A
 
 def _byte_bpe(vocabulary: Vocabulary) -> tuple[dict[str, Any], SpecialIds]:
     form = pre_tokenizer(vocabulary.pre, vocabulary.where)
-    template, add_bos = _frame(vocabulary, bos=form.add_bos, eos=False)
-    unknown = vocabulary.id("unknown")
     values = _base(vocabulary) | {
         "pre_tokenizer": as_json(form),
-        "post_processor": template,
         "decoder": byte_level(),
         "model": _bpe(_by_text(vocabulary), _pairs(vocabulary), whole_words=form.whole_words),
     }
-    return values, _decoder_ids(vocabulary, add_bos, unknown)
+    if _is_encoder(vocabulary):
+        return _framed(vocabulary, values)
+    values["post_processor"], add_bos = _frame(vocabulary, bos=form.add_bos, eos=False)
+    return values, _decoder_ids(vocabulary, add_bos, vocabulary.id("unknown"))
+
+
+def _is_encoder(vocabulary: Vocabulary) -> bool:
+    """ModernBERT has byte-level BPE, which is a decoder's in every other model known here."""
+    return vocabulary.values.get("general.architecture") == "modern-bert"
+
+
+def _framed(vocabulary: Vocabulary, values: dict[str, Any]) -> tuple[dict[str, Any], SpecialIds]:
+    """Byte-level BPE between [CLS] and [SEP], which llama.cpp knows as BOS and EOS."""
+    cls, sep = vocabulary.id("bos"), vocabulary.id("eos")
+    both = vocabulary.flag("add_bos_token", False) and vocabulary.flag("add_eos_token", False)
+    if cls is None or sep is None or not both:
+        raise ModelError(
+            f"{vocabulary.where}: an encoder whose texts do not stand between [CLS] and [SEP] is not supported.",
+            "Take the model's Hugging Face directory instead.",
+        )
+    values["post_processor"] = bert_template(vocabulary.texts[cls], vocabulary.texts[sep], cls, sep)
+    mask = vocabulary.id("mask")
+    if MASK_TAKES_SPACES in str(vocabulary.values.get("general.name", "")).lower():
+        for token in values["added_tokens"]:
+            token["lstrip"] |= (token["id"], token["content"]) == (mask, MASK)
+    ids = SpecialIds(
+        bos=None,
+        eos=None,
+        pad=vocabulary.id("padding"),
+        stop=(),
+        unk=vocabulary.id("unknown"),
+        cls=cls,
+        sep=sep,
+        mask=mask,
+    )
+    return values, ids
 
 
 def _decoder_ids(vocabulary: Vocabulary, add_bos: bool, unknown: int | None) -> SpecialIds:

@@ -19,21 +19,25 @@ from lexmill.formats.blocks32 import halves
 from lexmill.formats.gguf import GGUFFile, TensorToWrite, Value, string, u32, write_gguf
 from lexmill.formats.imatrix import ImportanceMatrix, read_imatrix
 from lexmill.model.directory import ModelDirectory
-from lexmill.model.names import WeightName, weight_shapes
+from lexmill.model.names import weight_shapes
 from lexmill.progress import SILENT, Progress, Task
 from lexmill.runtimes.gguf_kept import restored, same_value
 from lexmill.runtimes.gguf_mixes import ALIASES, MIXES, choose_types
+from lexmill.runtimes.gguf_rope import ROPE_FREQS, divisors_differ, frequency_divisors
 from lexmill.runtimes.gguf_shapes import (
+    HeldTensor,
+    architecture,
+    held_tensors,
     held_weights,
     permute_rope,
+    read_weight,
     require_place,
     shape_metadata,
-    stays_f32,
     unpermute_rope,
     weight_from_gguf,
     weight_in_gguf,
 )
-from lexmill.runtimes.gguf_tokenizer import tokenizer_metadata
+from lexmill.runtimes.gguf_tokenizer import model_name, tokenizer_metadata
 from lexmill.runtimes.llama_cpp_server import LlamaCpp, RuntimeFailure
 
 __all__ = [
@@ -64,8 +68,8 @@ def export_gguf(
     """Write a model directory as one GGUF file, atomically, and read it back before it gets its name.
 
     Args:
-        model: a Llama, Qwen2, Qwen3, BERT or T5 model, or its path. Of BERT the file holds what embeds
-            texts, not the heads.
+        model: a Llama, Qwen2, Qwen3, BERT, ModernBERT or T5 model, or its path. Of encoders the file
+            holds what embeds texts, not the heads.
         out: the file, e.g. `model-f16.gguf`.
         type: one of `FILE_TYPES` in any case, e.g. "f16" or "q4_k_m"; which tensor gets which type is
             llama.cpp's choice (`gguf_mixes.py`). Norms and biases are always f32.
@@ -108,11 +112,11 @@ def export_gguf(
 
 
 def _metadata(model: ModelDirectory, mix: str) -> dict[str, Value]:
-    config = model.config
+    config, name = model.config, str(model.lineage.get("name") or model.path.resolve().name)
     general = {
-        "general.architecture": string(config.family),
+        "general.architecture": string(architecture(config)),
         "general.type": string("model"),
-        "general.name": string(str(model.lineage.get("name") or model.path.resolve().name)),
+        "general.name": string(model_name(name, model.tokenizer)),
         "general.file_type": u32(FILE_TYPES[mix]),
     }
     if BLOCK_TYPES[MIXES[mix].default].quantised:
@@ -145,12 +149,8 @@ class _Tensors:
         self, model: ModelDirectory, mix: str, importance: ImportanceMatrix | None, task: Task
     ) -> None:
         self.model, self.importance, self.task = model, importance, task
-        self.names, self.shapes = held_weights(model.config), weight_shapes(model.config)
-        matrices = {
-            name.gguf: self.shapes[name.own]
-            for name in self.names
-            if not stays_f32(name, self.shapes[name.own])
-        }
+        self.tensors = held_tensors(model.config)
+        matrices = {tensor.name: tensor.shape for tensor in self.tensors if not tensor.stays_f32}
         self.choices = choose_types(mix, matrices, model.config, importance=importance is not None)
         self.checksums: dict[str, int] = {}
         known = importance.entries if importance is not None else {}
@@ -173,23 +173,31 @@ class _Tensors:
             )
 
     def rows(self) -> Iterator[TensorToWrite]:
-        for name in self.names:
-            choice = self.choices.get(name.gguf)
+        divisors = frequency_divisors(self.model.config)
+        if divisors is not None:
+            yield TensorToWrite(
+                ROPE_FREQS, divisors.shape, BLOCK_TYPES["F32"], partial(self._keep, ROPE_FREQS, divisors)
+            )
+        for tensor in self.tensors:
+            choice = self.choices.get(tensor.name)
             kind = choice.type if choice else BLOCK_TYPES["F32"]
-            yield TensorToWrite(name.gguf, self.shapes[name.own], kind, partial(self._produce, name, kind))
+            yield TensorToWrite(tensor.name, tensor.shape, kind, partial(self._produce, tensor, kind))
 
-    def _produce(self, name: WeightName, kind: BlockType) -> np.ndarray:
-        weight = weight_in_gguf(self.model, name)
+    def _produce(self, tensor: HeldTensor, kind: BlockType) -> np.ndarray:
+        weight = tensor.made_of(self.model)
         try:
             column = None
             if self.importance is not None and kind.quantised:
-                column = self.importance.importance(name.gguf, weight.shape[-1])
+                column = self.importance.importance(tensor.name, weight.shape[-1])
             data = encode(weight, kind, column)
         except LexmillError as error:
-            where = f"{self.model.path}: weight '{name.huggingface}'"
+            where = f"{self.model.path}: weight '{tensor.parts[0].huggingface}'"
             raise FormatError(f"{where}: {error.message}", error.hint) from error
-        self.checksums[name.gguf] = zlib.crc32(data.data)
         self.task.advance(weight.size)
+        return self._keep(tensor.name, data)
+
+    def _keep(self, name: str, data: np.ndarray) -> np.ndarray:
+        self.checksums[name] = zlib.crc32(data.data)
         return data
 
 
@@ -239,13 +247,15 @@ def weight_error(file: GGUFFile, model: ModelDirectory) -> tuple[float, str]:
     Raises:
         FormatError: a tensor of a type that cannot be read yet.
     """
+    if differs := divisors_differ(file, model.config):
+        return float("inf"), differs
     worst, where = 0.0, "none"
     for name in held_weights(model.config):
         weight = weight_in_gguf(model, name)
         info = file.tensors.get(name.gguf)
-        if info is None or info.shape != weight.shape:
+        if info is None or info.shape != name.whole_shape(weight.shape):
             return float("inf"), f"{name.gguf} is missing or has another shape"
-        share = tensor_error(file.read(name.gguf), weight, info.type.name)
+        share = tensor_error(read_weight(file, name), weight, info.type.name)
         if not share <= worst:  # true for NaN
             worst, where = share, name.gguf
     return worst, where
@@ -305,7 +315,7 @@ def file_weights(file: GGUFFile, model: ModelDirectory) -> dict[str, np.ndarray]
     weights = {own: model.weight(own) for own in weight_shapes(model.config) if own not in owns}
     for name in held:
         if name.own not in weights:  # the embedding once, not as a projection too
-            weights[name.own] = weight_from_gguf(file.read(name.gguf), model.config, name)
+            weights[name.own] = weight_from_gguf(read_weight(file, name), model.config, name)
     return weights
 
 

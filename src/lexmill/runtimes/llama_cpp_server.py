@@ -1,4 +1,4 @@
-"""llama.cpp's server in a child process, from the xllamacpp wheel, and the few questions we ask it.
+"""llama.cpp's server in a child process, and the few questions we ask it; `llama_cpp_start.py` starts it.
 
 In a child, because a file that llama.cpp dislikes may abort its whole process.
 """
@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import json
-import os
 import queue
 import subprocess
-import sys
 import tempfile
 import threading
 import urllib.error
@@ -23,12 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from lexmill.errors import LexmillError, MissingPackageError
+from lexmill.errors import LexmillError
 from lexmill.files import require_file
 from lexmill.formats.gguf import GGUFFile
 from lexmill.runtimes.gguf_vocabulary import END_TEXTS, MIDDLE_TEXTS, fills_in_the_middle
-
-_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from {module} import child; child()"
+from lexmill.runtimes.llama_cpp_start import find_server, start
 
 
 class RuntimeFailure(LexmillError):
@@ -48,9 +44,12 @@ class LlamaCpp:
         context: tokens; 0 for what the model was made for.
         embeddings: for models that embed texts and write none.
         time_limit: seconds for loading, and for each answer.
+        server: a `llama-server` to run. None: the xllamacpp wheel, or where it is not installed a
+            `llama-server` on the path.
 
     Raises:
-        MissingPackageError: xllamacpp is not installed.
+        MissingPackageError: there is neither.
+        FileError: there is no such file, or no such server.
         RuntimeFailure: on entering, the model does not load; later, the server dies or hangs.
     """
 
@@ -63,9 +62,9 @@ class LlamaCpp:
         context: int = 0,
         embeddings: bool = False,
         time_limit: float = 60,
+        server: Path | str | None = None,
     ) -> None:
-        if importlib.util.find_spec("xllamacpp") is None:
-            raise MissingPackageError("xllamacpp", "to run GGUF files in llama.cpp", "runtimes")
+        self._server = find_server(server)
         self.path = require_file(path, "GGUF file").resolve()
         self._adapter = str(require_file(adapter, "GGUF file").resolve()) if adapter is not None else ""
         self.threads, self.context, self.time_limit = threads, context, time_limit
@@ -76,16 +75,8 @@ class LlamaCpp:
     def __enter__(self) -> LlamaCpp:
         settings: dict[str, Any] = {"path": str(self.path), "threads": self.threads, "context": self.context}
         settings |= {"embeddings": self._embeddings, "adapter": self._adapter}
-        code = _CHILD.format(module=__name__)
         self._noise = tempfile.TemporaryFile()  # closed in _stop
-        # The address comes by stdout; the child ends when its stdin closes, so that it cannot outlive
-        # us even when we are killed.
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", code, json.dumps(sys.path), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._noise,
-        )
+        self._process = start(settings, self._server, self._noise)
         lines: queue.Queue[bytes] = queue.Queue()
         stdout = self._process.stdout
         assert stdout is not None
@@ -112,11 +103,13 @@ class LlamaCpp:
         code = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(0.5 if self._failing else 0)  # a crash shows a moment after the pipe breaks
-        process.kill()  # it holds nothing that needs an orderly end
-        process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10 if self._server else 0)  # it ends its own server when its stdin closes
+        process.kill()  # it holds nothing that needs an orderly end
+        process.wait()
         with self._noise:
             self._noise.seek(0)
             return code, self._noise.read().decode("utf-8", "replace")
@@ -227,30 +220,3 @@ class LlamaCpp:
                 **more,
             },
         )
-
-
-def child() -> None:
-    """Serve a model until stdin closes: the body of the child process."""
-    import xllamacpp
-
-    settings = json.loads(sys.argv[1])
-    answer = os.dup(1)
-    os.dup2(2, 1)  # what llama.cpp prints goes with its errors
-    params = xllamacpp.CommonParams()
-    params.model.path = settings["path"]
-    params.n_ctx, params.n_parallel, params.n_gpu_layers = settings["context"], 1, 0
-    # what embeds a text reads it at once
-    params.n_batch = params.n_ubatch = max(512, settings["context"]) if settings["embeddings"] else 512
-    params.embedding = settings["embeddings"]
-    if settings["adapter"]:
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(settings["adapter"], 1.0)]
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.warmup = params.fit_params = params.ui = False
-    params.no_extra_bufts = True  # weights stay in the layout of the file, on every CPU
-    params.n_threads_http = 1
-    server = xllamacpp.Server(params)
-    os.write(answer, (server.listening_address + "\n").encode())
-    sys.stdin.buffer.read()
-    os._exit(0)

@@ -92,14 +92,12 @@ def _where(config: ModelConfig, chat: bool) -> str:
     if config.shape == "decoder":
         rows["llama.cpp"] = "yes, exported to GGUF (f32, f16, bf16, and quantised from q8_0 to q4_0)"
         rows["Ollama"] = "yes, from the GGUF file with its Modelfile" if chat else "yes, from the GGUF file"
-    elif config.family == "bert":
+    elif config.shape == "encoder":
         rows["llama.cpp"] = "embeddings only, exported to GGUF; it has no place for the heads"
         rows["Ollama"] = "embeddings only, from the GGUF file"
-    elif config.family == "t5":
+    else:
         rows["llama.cpp"] = "its library, exported to GGUF; its server cannot load this shape"
         rows["Ollama"] = "not exported"
-    else:
-        rows["llama.cpp"] = rows["Ollama"] = "not exported"
     return "\n".join(["| runtime | works |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
 
 

@@ -15,7 +15,7 @@ from lexmill.files import atomic_write, require_file
 from lexmill.formats.gguf import GGUFFile
 from lexmill.model.directory import ModelDirectory
 from lexmill.progress import SILENT, Progress
-from lexmill.runtimes.gguf_shapes import require_place
+from lexmill.runtimes.gguf_shapes import architecture, require_place
 from lexmill.runtimes.llama_cpp import export_gguf, setting_differences
 from lexmill.runtimes.model_card import licences
 from lexmill.runtimes.ollama_manifest import (
@@ -277,8 +277,8 @@ def require_file_of(model: ModelDirectory, gguf: Path) -> None:
         ModelError: it is the file of another model; names a setting that differs.
     """
     with GGUFFile.open(gguf) as file:
-        architecture = file.metadata.get("general.architecture")
-        wrong = [f"its architecture is {architecture}"] if architecture != model.config.family else []
+        found = file.metadata.get("general.architecture")
+        wrong = [f"its architecture is {found}"] if found != architecture(model.config) else []
         wrong += setting_differences(file, model)
     if wrong:
         raise ModelError(

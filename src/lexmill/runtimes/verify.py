@@ -9,6 +9,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import platform
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from lexmill.runtimes.llama_cpp import (
     weight_error,
 )
 from lexmill.runtimes.llama_cpp_server import LlamaCpp
+from lexmill.runtimes.llama_cpp_start import find_server, version_of
 from lexmill.runtimes.ollama_api import OllamaServer, ollama_place
 from lexmill.runtimes.verify_cases import DEFAULT_PROMPTS
 from lexmill.runtimes.verify_checks import (
@@ -62,6 +64,7 @@ def verify(
     tokens: int = 64,
     ollama: str = "",
     transformers: bool = True,
+    llama_server: Path | str | None = None,
     progress: Progress = SILENT,
 ) -> VerifyReport:
     """Compare what transformers and llama.cpp make of a model with what lexmill makes of it.
@@ -71,6 +74,8 @@ def verify(
         ggufs: GGUF files made of it.
         prompts: texts to continue.
         tokens: how many to generate for each prompt.
+        llama_server: run GGUF files in this `llama-server`. None: in the xllamacpp wheel, or without it in a
+            `llama-server` on the path.
         ollama: also ask a running Ollama that has the model: its name there, or `http://host:port/name`.
         transformers: ask it too.
 
@@ -81,11 +86,14 @@ def verify(
         fails; one that is not installed is not checked.
 
     Raises:
-        FileError, FormatError, ModelError: the model itself cannot be loaded by lexmill.
+        FileError, FormatError, ModelError: the model itself cannot be loaded by lexmill; `llama_server` is no
+            program.
     """
     from lexmill.inference.language_model import load
 
     directory = ModelDirectory.open(model)
+    if llama_server is not None:
+        find_server(llama_server)
     asked_ollama = ollama_place(ollama) if ollama else None
     with progress.task("verify", 8 + 9 * len(ggufs) + (5 if ollama else 0), "checks") as task:
         task.advance(0, "lexmill")
@@ -96,7 +104,7 @@ def verify(
             checks += _compare("transformers", open_transformers(directory), own.asked, task)
         diagnoses: list[Diagnosis] = []
         for path in map(Path, ggufs):
-            found = list(_check_gguf(path, own, task))
+            found = list(_check_gguf(path, own, llama_server, task))
             checks += found
             if failed := {check.check for check in found if check.passed is False}:
                 diagnoses += diagnose_file(found[0].runtime, path, directory, failed)
@@ -104,7 +112,7 @@ def verify(
             address, told = asked_ollama
             server = contextlib.nullcontext(OllamaServer(address))
             checks += _compare(f"Ollama {told}", server, partial(own.asked_of_ollama, told), task)
-    return VerifyReport(str(directory.path), _environment(), tuple(checks), tuple(diagnoses))
+    return VerifyReport(str(directory.path), _environment(llama_server), tuple(checks), tuple(diagnoses))
 
 
 class _Own:
@@ -174,7 +182,7 @@ def _compare(
         yield Check(name, "runs", False, detail=f"{type(error).__name__}: {error}"[:500])
 
 
-def _check_gguf(path: Path, own: _Own, task: Task) -> Iterator[Check]:
+def _check_gguf(path: Path, own: _Own, server: Path | str | None, task: Task) -> Iterator[Check]:
     name = f"llama.cpp {path.name}"
     try:
         with GGUFFile.open(path) as file:
@@ -197,7 +205,7 @@ def _check_gguf(path: Path, own: _Own, task: Task) -> Iterator[Check]:
     elif own.shape == "encoder_decoder":
         yield Check(name, "runs", None, detail=_ONLY_WEIGHTS)
     else:
-        yield from _compare(name, _llama_cpp(path, own), asked, task)
+        yield from _compare(name, _llama_cpp(path, own, server), asked, task)
 
 
 def _weights_check(runtime: str, file: GGUFFile, directory: ModelDirectory) -> Check:
@@ -260,18 +268,21 @@ def _asked_of_file(
 
 
 @contextlib.contextmanager
-def _llama_cpp(path: Path, own: _Own) -> Iterator[LlamaCpp]:
+def _llama_cpp(path: Path, own: _Own, server: Path | str | None) -> Iterator[LlamaCpp]:
     config, embeds = own.model.config, own.shape == "encoder"
     threads = 1 if config.parameters < _SMALL else 4
     longest = own.reference.longest + 8 if own.reference is not None else 0
     context = config.context if embeds else min(config.context, max(512, longest))
-    with LlamaCpp(path, threads=threads, context=context, embeddings=embeds) as runtime:
+    with LlamaCpp(path, threads=threads, context=context, embeddings=embeds, server=server) as runtime:
         yield runtime
 
 
-def _environment() -> dict[str, str]:
+def _environment(llama_server: Path | str | None) -> dict[str, str]:
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in ("lexmill", "numpy", "tokenizers", "torch", "transformers", "xllamacpp"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
+    with contextlib.suppress(LexmillError, OSError, subprocess.SubprocessError):
+        if (server := find_server(llama_server)) is not None:
+            found["llama-server"] = version_of(server)
     return found
