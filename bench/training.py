@@ -345,7 +345,7 @@ def compare_loss(shape: str, seconds: float) -> None:
 PARTS = (
     ("products of weights", ("aten::mm", "aten::addmm")),
     ("products of attention", ("aten::bmm", "aten::baddbmm")),
-    ("norms", ("_RMSNorm", "aten::native_layer_norm", "aten::rms_norm")),
+    ("norms", ("_AddNorm", "_RMSNorm", "aten::native_layer_norm", "aten::rms_norm")),
     ("activations", ("_Activated", "aten::silu", "aten::gelu")),
     ("rotation", ("_Rotate",)),
     ("softmax of attention", ("_Blocks", "aten::_softmax", "aten::masked_fill")),

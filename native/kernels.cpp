@@ -28,8 +28,8 @@ Parallel parallel = nullptr;
 Number thread_number = nullptr, thread_count = nullptr;
 
 struct Steps {
-    void (*rms_norm)(const RmsNorm&, long, long);
-    void (*rms_norm_back)(const RmsNormBack&, long, long, float*);
+    void (*add_norm)(const AddNorm&, long, long);
+    void (*add_norm_back)(const AddNormBack&, long, long, float*, float*);
     void (*gated)(const Gated&, long, long);
     void (*gated_back)(const GatedBack&, long, long);
     void (*rotate)(const Rotate&, long, long);
@@ -42,7 +42,7 @@ struct Steps {
 
 #define LEXMILL_STEPS(isa)                                                                      \
     Steps {                                                                                     \
-        isa::rms_norm, isa::rms_norm_back, isa::gated, isa::gated_back, isa::rotate, isa::softmax, \
+        isa::add_norm, isa::add_norm_back, isa::gated, isa::gated_back, isa::rotate, isa::softmax, \
             isa::softmax_back, isa::cross_entropy, nullptr, nullptr                             \
     }
 
@@ -138,18 +138,19 @@ EXPORT int lexmill_begin(void* run, void* number, void* count, int at_most) {
     return 0;
 }
 
-EXPORT void lexmill_rms_norm(const RmsNorm* a, int threads) {
+EXPORT void lexmill_add_norm(const AddNorm* a, int threads) {
     spread(a->rows, rows_grain(a->width), threads,
-           [a](long, long first, long end) { steps.rms_norm(*a, first, end); });
+           [a](long, long first, long end) { steps.add_norm(*a, first, end); });
 }
 
-EXPORT void lexmill_rms_norm_back(const RmsNormBack* a, int threads) {
+EXPORT void lexmill_add_norm_back(const AddNormBack* a, int threads) {
     long space = (a->width + 15) / 16 * 16 + 16;  // threads' sums lie on cache lines of their own
-    std::vector<float> sums(size_t(space) * std::max(1, threads), 0.0f);
+    std::vector<float> weights(size_t(space) * std::max(1, threads), 0.0f), biases(weights.size(), 0.0f);
     spread(a->rows, rows_grain(a->width), threads, [&](long number, long first, long end) {
-        steps.rms_norm_back(*a, first, end, sums.data() + number * space);
+        steps.add_norm_back(*a, first, end, weights.data() + number * space, biases.data() + number * space);
     });
-    add_up(sums, space, threads, a->width, a->to_weight);
+    add_up(weights, space, threads, a->width, a->to_weight);
+    if (a->to_bias) add_up(biases, space, threads, a->width, a->to_bias);
 }
 
 EXPORT void lexmill_gated(const Gated* a, int threads) {

@@ -112,40 +112,23 @@ struct Gelu {
     }
 };
 
-template <class In, class Out>
-void rms_norm_rows(const RmsNorm& a, long first, long end) {
-    const In* x = static_cast<const In*>(a.x);
-    Out* y = static_cast<Out*>(a.y);
-    for (long row = first; row < end; ++row) {
-        const In* from = x + row * a.width;
-        Out* to = y + row * a.width;
-        float sum = 0;
-        for (long i = 0; i < a.width; ++i) sum += load(from, i) * load(from, i);
-        float inverse = 1.0f / std::sqrt(sum / float(a.width) + a.eps);
-        a.inverse[row] = inverse;
-        for (long i = 0; i < a.width; ++i) store(to, i, load(from, i) * inverse * a.weight[i]);
-    }
+template <class T>
+const float* sum_of(const float* one, const T* other, long width, float* room) {
+    for (long i = 0; i < width; ++i) room[i] = one ? one[i] + load(other, i) : load(other, i);
+    return room;
 }
 
-template <class In, class Down>
-void rms_norm_rows_back(const RmsNormBack& a, long first, long end, float* to_weight) {
-    const In* x = static_cast<const In*>(a.x);
-    const Down* down = static_cast<const Down*>(a.gradient);
-    In* to = static_cast<In*>(a.to_x);
-    for (long row = first; row < end; ++row) {
-        const In* from = x + row * a.width;
-        const Down* g = down + row * a.width;
-        In* out = to + row * a.width;
-        float inverse = a.inverse[row], along = 0;
-        for (long i = 0; i < a.width; ++i) {
-            float product = load(g, i) * load(from, i) * inverse;
-            to_weight[i] += product;
-            along += product * a.weight[i];
-        }
-        along /= float(a.width);  // what would only make the row longer has no effect
-        for (long i = 0; i < a.width; ++i)
-            store(out, i, inverse * (load(g, i) * a.weight[i] - load(from, i) * inverse * along));
-    }
+// A row of `one`, plus that of `other`; either may be null. Where it lies, or in `room`.
+const float* row_sum(const float* one, const void* other, bool is_bf16, long start, long width, float* room) {
+    if (one) one += start;
+    if (!other) return one;
+    const float* floats = static_cast<const float*>(other) + start;
+    if (is_bf16) return sum_of(one, static_cast<const bf16*>(other) + start, width, room);
+    return one ? sum_of(one, floats, width, room) : floats;
+}
+
+void round_row(const float* from, long width, bf16* to) {
+    for (long i = 0; i < width; ++i) store(to, i, from[i]);
 }
 
 template <class T, class Activation>
@@ -267,20 +250,63 @@ void cross_entropy_rows(const CrossEntropy& a, long first, long end) {
 
 }  // namespace
 
-void rms_norm(const RmsNorm& a, long first, long end) {
-    if (a.in_bf16)
-        a.out_bf16 ? rms_norm_rows<bf16, bf16>(a, first, end) : rms_norm_rows<bf16, float>(a, first, end);
-    else
-        a.out_bf16 ? rms_norm_rows<float, bf16>(a, first, end) : rms_norm_rows<float, float>(a, first, end);
+void add_norm(const AddNorm& a, long first, long end) {
+    long width = a.width;
+    float *room = row_of(2 * width), *out = room + width;
+    for (long row = first; row < end; ++row) {
+        long start = row * width;
+        const float* x = a.x_bf16 ? row_sum(nullptr, a.x, true, start, width, room)
+                                  : row_sum(static_cast<const float*>(a.x), a.branch, a.branch_bf16, start, width,
+                                            a.branch ? a.sum + start : nullptr);
+        float mean = 0, squares = 0;
+        if (a.centred) {
+            for (long i = 0; i < width; ++i) mean += x[i];
+            mean /= float(width);
+        }
+        for (long i = 0; i < width; ++i) squares += (x[i] - mean) * (x[i] - mean);
+        float inverse = 1.0f / std::sqrt(squares / float(width) + a.eps);
+        a.mean[row] = mean;
+        a.inverse[row] = inverse;
+        if (a.stream) out = a.stream + start;
+        if (!a.normed_bf16) out = static_cast<float*>(a.normed) + start;
+        const float *weight = a.weight, *bias = a.bias;
+        for (long i = 0; i < width; ++i) {
+            float unit = (x[i] - mean) * inverse * weight[i];
+            out[i] = bias ? unit + bias[i] : unit;
+        }
+        if (a.normed_bf16) round_row(out, width, static_cast<bf16*>(a.normed) + start);
+    }
 }
 
-void rms_norm_back(const RmsNormBack& a, long first, long end, float* to_weight) {
-    if (a.in_bf16)
-        a.gradient_bf16 ? rms_norm_rows_back<bf16, bf16>(a, first, end, to_weight)
-                        : rms_norm_rows_back<bf16, float>(a, first, end, to_weight);
-    else
-        a.gradient_bf16 ? rms_norm_rows_back<float, bf16>(a, first, end, to_weight)
-                        : rms_norm_rows_back<float, float>(a, first, end, to_weight);
+void add_norm_back(const AddNormBack& a, long first, long end, float* to_weight, float* to_bias) {
+    long width = a.width;
+    float* room = row_of(3 * width);
+    const float* weight = a.weight;
+    for (long row = first; row < end; ++row) {
+        long start = row * width;
+        const float* x = row_sum(nullptr, a.x, a.x_bf16, start, width, room);
+        const float* g = row_sum(a.from_stream, a.from_normed, a.normed_bf16, start, width, room + width);
+        float mean = a.mean[row], inverse = a.inverse[row], along = 0, level = 0;
+        for (long i = 0; i < width; ++i) {
+            float product = g[i] * (x[i] - mean) * inverse;
+            to_weight[i] += product;
+            along += product * weight[i];
+        }
+        if (a.to_bias)
+            for (long i = 0; i < width; ++i) to_bias[i] += g[i];
+        if (a.centred)
+            for (long i = 0; i < width; ++i) level += g[i] * weight[i];
+        along *= inverse / float(width);  // what would only make the row longer, or shift it, has no effect
+        level /= float(width);
+        const float* more = a.from_sum ? a.from_sum + start : nullptr;
+        float* to = a.x_bf16 ? room + 2 * width : static_cast<float*>(a.to_x) + start;
+        for (long i = 0; i < width; ++i) {
+            float found = inverse * (g[i] * weight[i] - level - (x[i] - mean) * along);
+            to[i] = more ? found + more[i] : found;
+        }
+        if (a.x_bf16) round_row(to, width, static_cast<bf16*>(a.to_x) + start);
+        if (a.to_branch) round_row(to, width, static_cast<bf16*>(a.to_branch) + start);
+    }
 }
 
 void gated(const Gated& a, long first, long end) {

@@ -7,21 +7,28 @@ namespace lexmill {
 
 enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
-struct RmsNorm {
-    int64_t rows, width, in_bf16, out_bf16;
-    const void* x;        // (rows, width)
-    const float* weight;  // (width)
-    void* y;              // (rows, width)
-    float* inverse;       // (rows): 1 / sqrt(mean square + eps), for the way back
+// Adds a branch to the stream and norms the sum: RMS norm, or with `centred` layer norm.
+struct AddNorm {
+    int64_t rows, width, centred, x_bf16, branch_bf16, normed_bf16;
+    const void *x, *branch;      // (rows, width); `branch` may be null; with one, x is float32
+    const float *weight, *bias;  // (width); `bias` may be null
+    float* sum;                  // (rows, width), x + branch; null without a branch
+    void* normed;                // (rows, width)
+    float* stream;               // (rows, width), `normed` before its rounding to bfloat16; may be null
+    float *mean, *inverse;       // (rows), for the way back: 0 if not centred; 1 / sqrt(variance + eps)
     float eps;
 };
 
-struct RmsNormBack {
-    int64_t rows, width, in_bf16, gradient_bf16;
-    const void *x, *gradient;  // (rows, width)
-    const float *weight, *inverse;
-    void* to_x;
-    float* to_weight;  // (width)
+struct AddNormBack {
+    int64_t rows, width, centred, x_bf16, normed_bf16;
+    const void* x;  // (rows, width): the sum
+    const float *weight, *mean, *inverse;
+    const float* from_sum;       // gradient of `sum`; may be null
+    const void* from_normed;     // of `normed`; it or the next one may be null
+    const float* from_stream;    // of `stream`
+    void* to_x;                  // of x's type
+    void* to_branch;             // the same in bfloat16; may be null
+    float *to_weight, *to_bias;  // (width); `to_bias` may be null
 };
 
 struct Gated {
@@ -91,16 +98,16 @@ struct AttentionBack {
 };
 
 // One set of steps for each instruction set that they are compiled for.
-#define LEXMILL_DECLARE(isa)                                                       \
-    namespace isa {                                                                \
-    void rms_norm(const RmsNorm&, long first, long end);                           \
-    void rms_norm_back(const RmsNormBack&, long first, long end, float* to_weight); \
-    void gated(const Gated&, long first, long end);                                \
-    void gated_back(const GatedBack&, long first, long end);                       \
-    void rotate(const Rotate&, long first, long end);                              \
-    void softmax(const Softmax&, long first, long end);                            \
-    void softmax_back(const SoftmaxBack&, long first, long end);                   \
-    void cross_entropy(const CrossEntropy&, long first, long end);                 \
+#define LEXMILL_DECLARE(isa)                                                                        \
+    namespace isa {                                                                                 \
+    void add_norm(const AddNorm&, long first, long end);                                            \
+    void add_norm_back(const AddNormBack&, long first, long end, float* to_weight, float* to_bias); \
+    void gated(const Gated&, long first, long end);                                                 \
+    void gated_back(const GatedBack&, long first, long end);                                        \
+    void rotate(const Rotate&, long first, long end);                                               \
+    void softmax(const Softmax&, long first, long end);                                             \
+    void softmax_back(const SoftmaxBack&, long first, long end);                                    \
+    void cross_entropy(const CrossEntropy&, long first, long end);                                  \
     }
 
 LEXMILL_DECLARE(portable)

@@ -1,5 +1,6 @@
 """The hand-written steps of training on a CPU give what torch's plain operations give in float64."""
 
+import itertools
 import subprocess
 import sys
 
@@ -9,9 +10,11 @@ import torch.nn.functional as F
 
 from lexmill.model import kernels, mlp, norms
 from lexmill.model.attend import attend
-from lexmill.model.norms import RMSNorm
+from lexmill.model.build import build_model
+from lexmill.model.norms import RMSNorm, add_norm
 from lexmill.model.positions import rotary_table, rotate
-from lexmill.model.scope import Scope
+from lexmill.model.scope import Record, Scope
+from lexmill.pretrain.shape import ShapeConfig
 from lexmill.train.causal import counted
 from lexmill.train.cross_entropy import linear_cross_entropy
 from lexmill.train.examples import IGNORED
@@ -61,6 +64,86 @@ def test_rms_norm():
         assert agree(half, expected[:2], 0.03)
     with torch.no_grad():
         assert torch.allclose(ours(x, weight), plain(x, weight))
+
+
+class Normed(torch.nn.Module):
+    """`add_norm` on leaves: the stream and the normed sum, side by side."""
+
+    def __init__(self, kind, post, biased):
+        super().__init__()
+        self.norm = RMSNorm(24, 1e-6) if kind == "rms" else torch.nn.LayerNorm(24, 1e-6, bias=biased)
+        self.post = post
+
+    def forward(self, x, branch):
+        return torch.cat(add_norm(self.norm, x, branch, post=self.post), -1)
+
+    def on_leaves(self, x, branch, weight, bias=None):
+        values = {"norm.weight": weight} | ({} if bias is None else {"norm.bias": bias})
+        return torch.func.functional_call(self, values, (x, branch))
+
+
+@pytest.mark.parametrize("kind, biased", [("rms", False), ("layer", False), ("layer", True)])
+@pytest.mark.parametrize("post", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_branch_is_added_and_the_sum_normed(kind, biased, post, half):
+    both = Normed(kind, post, biased)
+    x, branch = 3 * torch.randn(4, 5, 24) + 1, torch.randn(4, 5, 24).bfloat16().float()
+    leaves = [x, branch, torch.rand(24) + 0.5, *([torch.randn(24)] if biased else [])]
+    expected = gradients(both.on_leaves, leaves, torch.float64)  # the kernels do not take float64
+    if half:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+
+            def mixed(x, branch, *rest):
+                return both.on_leaves(x, branch.bfloat16(), *rest)
+
+            found = gradients(mixed, leaves, torch.float32)
+            stream, normed = add_norm(both.norm, x.requires_grad_(), branch.bfloat16(), post=post)
+        assert normed.dtype == (torch.bfloat16 if kernels.KERNELS or kind == "rms" else torch.float32)
+        assert stream.dtype == torch.float32
+        assert agree([found[0][..., :24]], [expected[0][..., :24]], 1e-6), "the stream is not rounded"
+    else:
+        found = gradients(both.on_leaves, leaves, torch.float32)
+    assert agree(found, expected, 0.02 if half else 2e-6)
+
+
+def test_results_that_nobody_uses_have_no_gradient():
+    """The last norm's sum; the copy for products behind an encoder's last block; a sum alone."""
+    x, branch, direction = torch.randn(7, 24), torch.randn(7, 24).bfloat16(), torch.randn(7, 24)
+    for kind, post, used in itertools.product(("rms", "layer"), (False, True), (0, 1)):
+        norm = Normed(kind, post, True).norm
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            leaves = [part.detach().to(dtype).clone().requires_grad_() for part in (x, branch.float())]
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
+                out = add_norm(norm.to(dtype), *leaves, post=post)[used]
+            (out.double() * direction).sum().backward()
+            found.append([leaf.grad.double() for leaf in leaves])
+        assert agree(*found, 0.03)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "modernbert", "t5"])
+def test_models_learn_the_same_without_compiled_steps(family, monkeypatch):
+    """Through blocks of every kind, their records included; in float32."""
+    heads = {"mlm": True} if family in ("bert", "modernbert") else {}
+    shape = ShapeConfig(family=family, width=32, layers=3, heads=2, context=16)
+    model = build_model(shape.with_vocabulary(50, **heads))
+    model.initialise(0)
+    tokens, found = torch.randint(0, 50, (2, 16)), []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(kernels, "KERNELS", None)
+        model.zero_grad()
+        record = Record()
+        if family == "t5":
+            memory = model.encode(tokens, record=record)
+            out = model.decode(tokens, memory, record=record)
+        else:
+            out = model.hidden(tokens, record=record)
+        (out.square().sum() + sum(hidden.sum() for hidden in record.hidden)).backward()
+        grads = [value.grad.flatten() for value in model.parameters() if value.grad is not None]
+        found.append([out.detach(), *(hidden.detach() for hidden in record.hidden), torch.cat(grads)])
+    assert len(found[0]) == len(found[1]) >= 5
+    assert agree(*found, 1e-5)
 
 
 @pytest.mark.skipif(kernels.KERNELS is None, reason="the compiled steps were not built")
@@ -159,6 +242,28 @@ def test_rotation_and_its_gradient():
     assert agree(gradients(lambda x: rotate(x, table), (x,), torch.bfloat16), expected, 0.02)
 
 
+def check_add_norm(some, centred):
+    """Each of its results and gradients, at a width that no vector divides."""
+    x, branch, weight, bias = (torch.randn(*size) for size in ((301, 77), (301, 77), (77,), (77,)))
+    sizes = dict(centred=centred, exact=True)
+    total, normed, exact, statistics = some.add_norm(
+        x, branch.bfloat16(), weight, bias, 1e-5, torch.bfloat16, **sizes
+    )
+    assert torch.equal(total, x + branch.bfloat16())
+    leaves = [part.double().requires_grad_() for part in (total, weight, bias)]
+    if centred:
+        expected = F.layer_norm(leaves[0], (77,), *leaves[1:], 1e-5)
+    else:
+        expected = F.rms_norm(leaves[0], (77,), leaves[1], 1e-5) + leaves[2]
+    assert agree([exact.double()], [expected.detach()], 1e-6) and torch.equal(normed, exact.bfloat16())
+    below = torch.randn(301, 77), torch.randn(301, 77).bfloat16(), torch.randn(301, 77)
+    ((below[1].double() + below[2]) * expected + below[0] * leaves[0]).sum().backward()
+    found = some.add_norm_back(total, weight, statistics, below, torch.bfloat16, centred=centred, biased=True)
+    to_x, to_branch, to_weight, to_bias = found
+    assert agree([to_x.double(), to_weight.double(), to_bias.double()], [leaf.grad for leaf in leaves], 3e-6)
+    assert torch.equal(to_branch, to_x.bfloat16())
+
+
 @pytest.mark.skipif(kernels.KERNELS is None, reason="the compiled steps were not built")
 @pytest.mark.parametrize("at_most", kernels.INSTRUCTION_SETS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -168,9 +273,8 @@ def test_every_instruction_set_and_number_of_threads(at_most, threads):
     try:
         some = kernels.load(at_most)
         assert some is not None
-        x, weight = torch.randn(301, 72), torch.rand(72)
-        out, _ = some.rms_norm(x, weight, 1e-5, torch.float32)
-        assert torch.allclose(out, F.rms_norm(x, (72,), weight, 1e-5), atol=1e-6)
+        for centred in (False, True):
+            check_add_norm(some, centred)
         logits, targets = 9 * torch.randn(301, 1003), torch.randint(0, 1003, (301,))
         expected = F.cross_entropy(logits, targets, reduction="none")
         assert torch.allclose(some.cross_entropy(logits, targets, None), expected, atol=1e-5)

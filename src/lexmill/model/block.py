@@ -9,7 +9,7 @@ from lexmill.model.attention import Attention
 from lexmill.model.cache import LayerCache
 from lexmill.model.config import ModelConfig
 from lexmill.model.mlp import MLP
-from lexmill.model.norms import make_norm
+from lexmill.model.norms import add_norm, make_norm
 from lexmill.model.scope import Record, Scope
 
 
@@ -30,23 +30,32 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # (batch, time, width)
+        x: Tensor,  # (batch, time, width): the stream
+        beside: Tensor | None,  # the same shape
         scope: Scope,
         cache: LayerCache | None = None,
         memory: Tensor | None = None,
         memory_scope: Scope | None = None,
         record: Record | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """The stream behind this block, and what goes beside it.
+
+        That is, with norms before each part, the last branch: the next norm adds it, in the same pass.
+        With norms behind, it is the stream again as products read it. None at the first block.
+        """
         seen = record.attention if record else None
         if self.post_norm:
-            x = self.attention_norm(x + self._drop(self.attention(x, scope, cache, weights=seen)))
-            return self.mlp_norm(x + self._drop(self.mlp(x)))
-        x = x + self._drop(self.attention(self.attention_norm(x), scope, cache, weights=seen))
+            branch = self.attention(x if beside is None else beside, scope, cache, weights=seen)
+            x, normed = add_norm(self.attention_norm, x, self._drop(branch), post=True)
+            return add_norm(self.mlp_norm, x, self._drop(self.mlp(normed)), post=True)
+        x, normed = add_norm(self.attention_norm, x, beside)
+        branch = self.attention(normed, scope, cache, weights=seen)
         if memory is not None:
             assert memory_scope is not None
-            seen = record.cross if record else None
-            x = x + self._drop(self.cross(self.cross_norm(x), memory_scope, cache, memory, seen))
-        return x + self._drop(self.mlp(self.mlp_norm(x)))
+            x, normed = add_norm(self.cross_norm, x, self._drop(branch))
+            branch = self.cross(normed, memory_scope, cache, memory, record.cross if record else None)
+        x, normed = add_norm(self.mlp_norm, x, self._drop(branch))
+        return x, self._drop(self.mlp(normed))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
-_DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)
 _NAMES = {"linux": "_kernels.so", "darwin": "_kernels.dylib"}
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
@@ -39,9 +39,16 @@ def _strides(*tensors: str) -> str:
 
 
 _STRUCTS = {
-    "rms_norm": _struct("RmsNorm", "rows width in_bf16 out_bf16", "x weight y inverse", "eps"),
-    "rms_norm_back": _struct(
-        "RmsNormBack", "rows width in_bf16 gradient_bf16", "x gradient weight inverse to_x to_weight"
+    "add_norm": _struct(
+        "AddNorm",
+        "rows width centred x_bf16 branch_bf16 normed_bf16",
+        "x branch weight bias sum normed stream mean inverse",
+        "eps",
+    ),
+    "add_norm_back": _struct(
+        "AddNormBack",
+        "rows width centred x_bf16 normed_bf16",
+        "x weight mean inverse from_sum from_normed from_stream to_x to_branch to_weight to_bias",
     ),
     "gated": _struct("Gated", "count is_bf16 activation", "gate up out"),
     "gated_back": _struct("GatedBack", "count is_bf16 activation", "gate up gradient to_gate to_up"),
@@ -86,28 +93,65 @@ class Kernels:
     def _run(self, name: str, *values: Any) -> None:
         self._calls[name](_STRUCTS[name](*values), torch.get_num_threads())
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """x / sqrt(mean(x²) + eps) * weight in `dtype`, and the first factor's inverse, (rows, 1).
+    def add_norm(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+        *,
+        centred: bool,
+        exact: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """The layer norm of x + branch, or, not `centred`, its RMS norm.
 
         Args:
-            x: (rows, width).
-            weight: (width,), float32.
+            x: (rows, width); with a branch, float32.
+            branch: the same shape, of either type.
+            weight, bias: (width,), float32.
+            dtype: of the norm.
+            exact: give it in float32 as well, where `dtype` is another.
+
+        Returns:
+            The sum (without a branch x itself), the norm, perhaps that in float32, and each row's mean and
+            inverse deviation, (2, rows), for the way back.
         """
         rows, width = x.shape
-        out, inverse = torch.empty(rows, width, dtype=dtype), torch.empty(rows, 1)
-        kinds = x.dtype == torch.bfloat16, dtype == torch.bfloat16
-        self._run("rms_norm", rows, width, *kinds, *_addresses(x, weight, out, inverse), eps)
-        return out, inverse
+        total, to_sum = (x, None) if branch is None else (torch.empty_like(x),) * 2
+        normed, statistics = torch.empty(rows, width, dtype=dtype), torch.empty(2, rows)
+        before = torch.empty(rows, width) if exact and dtype != torch.float32 else None
+        sizes = rows, width, centred, _is_bf16(x), branch is not None and _is_bf16(branch), _is_bf16(normed)
+        tensors = x, branch, weight, bias, to_sum, normed, before, *statistics
+        self._run("add_norm", *sizes, *map(_address, tensors), eps)
+        return total, normed, before, statistics
 
-    def rms_norm_back(
-        self, x: Tensor, weight: Tensor, inverse: Tensor, gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The gradients of x and of the weight."""
-        to_x, to_weight = torch.empty_like(x), torch.empty_like(weight)
-        kinds = x.dtype == torch.bfloat16, gradient.dtype == torch.bfloat16
-        addresses = _addresses(x, gradient, weight, inverse, to_x, to_weight)
-        self._run("rms_norm_back", *x.shape, *kinds, *addresses)
-        return to_x, to_weight
+    def add_norm_back(
+        self,
+        total: Tensor,
+        weight: Tensor,
+        statistics: Tensor,
+        gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+        branch: torch.dtype,
+        *,
+        centred: bool,
+        biased: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The gradients of x, of the branch in the type `branch`, of the weight and of the bias.
+
+        Args:
+            total, statistics: as `add_norm` gave them.
+            gradients: of the sum, the norm, and that in float32, one of the last two at least.
+        """
+        to_x, to_weight = torch.empty_like(total), torch.empty_like(weight)
+        to_branch = None if branch == total.dtype else torch.empty_like(total, dtype=branch)
+        to_bias = torch.empty_like(weight) if biased else None
+        normed = gradients[1]
+        sizes = *total.shape, centred, _is_bf16(total), normed is not None and _is_bf16(normed)
+        tensors = total, weight, *statistics, *gradients, to_x, to_branch, to_weight, to_bias
+        self._run("add_norm_back", *sizes, *map(_address, tensors))
+        return to_x, to_x if to_branch is None else to_branch, to_weight, to_bias
 
     def gated(self, gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
         """act(gate) * up; all of one shape and type. Without `up`, act(gate)."""
@@ -280,9 +324,9 @@ def load(at_most: str = "amx") -> Kernels | None:
         library = ctypes.CDLL(str(path))
         library.lexmill_begin.argtypes = [c_void_p, c_void_p, c_void_p, ctypes.c_int]
         number = library.lexmill_begin(*openmp, INSTRUCTION_SETS.index(at_most))
+        return Kernels(library, INSTRUCTION_SETS[number])
     except (OSError, AttributeError):  # built for another machine, or an older one left behind
         return None
-    return Kernels(library, INSTRUCTION_SETS[number])
 
 
 def why_none() -> str:
@@ -301,7 +345,7 @@ KERNELS = load()
 
 def kernels_for(tensor: Tensor) -> Kernels | None:
     """The kernels where there are some and they take a tensor like this: on a CPU, in float32 or bfloat16."""
-    return KERNELS if tensor.device.type == "cpu" and tensor.dtype in _DTYPES else None
+    return KERNELS if tensor.device.type == "cpu" and tensor.dtype in DTYPES else None
 
 
 def learns_on_cpu(*tensors: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from lexmill.model.block import Block
 from lexmill.model.cache import Cache
 from lexmill.model.config import ModelConfig
-from lexmill.model.norms import make_norm
+from lexmill.model.norms import add_norm, make_norm
 from lexmill.model.positions import RelativeBias, rotary_table
 from lexmill.model.scope import Record, Scope, window_mask
 
@@ -48,16 +48,19 @@ class Stack(nn.Module):
         memory_scope = Scope(memory_mask) if memory is not None else None
         if record:
             record.hidden.append(x)
+        beside = None
         for index, block in enumerate(self.blocks):
             scope = narrow if self.config.is_local(index) else wide
             layer = cache.layers[index] if cache is not None else None
+            inputs = x, beside, scope, layer, memory, memory_scope
             if self.recompute and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, scope, layer, memory, memory_scope, use_reentrant=False)
+                x, beside = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(x, scope, layer, memory, memory_scope, record)
+                x, beside = block(*inputs, record)
             if record:
-                record.hidden.append(x)
-        x = self.norm(x)
+                record.hidden.append(x if self.config.post_norm else x + beside)
+        if not self.config.post_norm:
+            x = add_norm(self.norm, x, beside)[1]
         if record:
             record.hidden[-1] = x
         return x

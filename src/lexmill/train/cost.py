@@ -328,8 +328,8 @@ def activation_bytes(
         layer = tokens * _layer_bytes(config, keys, size)
         if side == 1:  # cross-attention, whose keys and values are those of the tokens that were read
             layer += tokens * _attention_bytes(config, row.length, size) + read * 2 * _heads(config) * size
-        # a block that is computed again keeps only what goes into it
-        kept += layers * (tokens * config.width * _FLOAT if recompute else layer)
+        # a block that is computed again keeps only what goes into it: the stream, and a branch or copy beside it
+        kept += layers * (tokens * config.width * (_FLOAT + size) if recompute else layer)
         largest = max(largest, layer)
     places = rows * row.targets
     block = min(places, _LOGIT_ROWS)
