@@ -124,8 +124,8 @@ def test_one_weight_that_transformers_reads_otherwise_is_found(models, monkeypat
 
     load = torch_backend.load_model
 
-    def turned(directory):
-        model = load(directory)
+    def turned(directory, *more):
+        model = load(directory, *more)
         weights = model.weights()
         weights[weight].reshape(-1)[7] += 0.5
         model.load_weights(weights)

@@ -13,7 +13,6 @@ _OPTIONAL = {
     "transformers": ("compares answers with Hugging Face", 'pip install "lexmill[runtimes]"'),
     "xllamacpp": ("compares answers with llama.cpp", 'pip install "lexmill[runtimes]"'),
 }
-_NO_KERNELS = "not built: training takes up to 1.5 times as long. Install a C++ compiler, then lexmill again."
 
 
 def doctor(
@@ -70,9 +69,9 @@ def _examine(fast: bool) -> dict[str, Any]:
             str(dtype).removeprefix("torch."): round(matmul_gflops(dtype, seconds=0.2), 1)
             for dtype in (torch.float32, torch.bfloat16)
         }
-        from lexmill.model.kernels import KERNELS
+        from lexmill.model.kernels import KERNELS, why_none
 
-        kernels = KERNELS.instruction_set if KERNELS else _NO_KERNELS
+        kernels = KERNELS.instruction_set if KERNELS else f"none, training is slower: {why_none()}"
         precision = choose_precision()
         gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none that torch can use"
     return {

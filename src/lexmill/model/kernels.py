@@ -298,20 +298,27 @@ def _openmp() -> tuple[int, int, int] | None:
     return first, second, third
 
 
+def _left_out() -> bool:
+    return os.environ.get("LEXMILL_NATIVE") == "0"
+
+
+def _built() -> Path | None:
+    import lexmill
+
+    name = _NAMES.get(sys.platform)
+    paths = [
+        Path(folder) / name for folder in lexmill.__path__ if name
+    ]  # an editable install has two folders
+    return next((path for path in paths if path.is_file()), None)
+
+
 def load(at_most: str = "amx") -> Kernels | None:
     """The kernels with the best instruction set of this machine up to `at_most`, or None.
 
     The set is the process's: an earlier result uses it from then on, too.
     """
-    import lexmill
-
-    name = _NAMES.get(sys.platform)
-    if os.environ.get("LEXMILL_NATIVE") == "0" or name is None:
-        return None
-    paths = [Path(folder) / name for folder in lexmill.__path__]  # an editable install has two folders
-    path = next((path for path in paths if path.is_file()), None)
-    openmp = _openmp()
-    if path is None or openmp is None:
+    path, openmp = _built(), _openmp()
+    if _left_out() or path is None or openmp is None:
         return None
     try:
         library = ctypes.CDLL(str(path))
@@ -320,6 +327,17 @@ def load(at_most: str = "amx") -> Kernels | None:
         return Kernels(library, INSTRUCTION_SETS[number])
     except (OSError, AttributeError):  # built for another machine, or an older one left behind
         return None
+
+
+def why_none() -> str:
+    """Why `KERNELS` is None, and what to do."""
+    if _left_out():
+        return "LEXMILL_NATIVE is 0."
+    if _built() is None:
+        return "they were not built. Install a C++ compiler, then lexmill again."
+    if _openmp() is None:
+        return "torch's OpenMP was not found in this process."
+    return "what was built is for another machine or version. Install lexmill again."
 
 
 KERNELS = load()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lexmill.formats.blocks import BLOCK_TYPES
 from lexmill.model.adapter import LoraConfig
 from lexmill.model.config import ModelConfig
+from lexmill.model.kernels import KERNELS
 from lexmill.model.names import matrices_in_blocks, weight_shapes
 from lexmill.train.optimizers import is_hidden
 from lexmill.train.parallel import Sharding
@@ -360,7 +361,12 @@ def _layer_bytes(config: ModelConfig, keys: int, size: int) -> float:
 
 
 def _attention_bytes(config: ModelConfig, keys: int, size: int) -> float:
-    """Bytes a query of what attention keeps: norm, queries, keys and values, weights, what was gathered."""
+    """Bytes a query of what attention keeps: norm, queries, keys and values, weights, what was gathered.
+
+    Compiled attention, in bfloat16, keeps a sum for each head instead of weights.
+    """
     norm = config.width * (2 * _FLOAT + (size if size != _FLOAT else 0))
     vectors = 2 * _heads(config) + 2 * config.kv_heads * config.head_width
-    return norm + size * (vectors + config.heads * keys)
+    compiled = size != _FLOAT and KERNELS is not None and KERNELS.attends
+    weights = config.heads * (_FLOAT if compiled else size * keys)
+    return norm + size * vectors + weights
