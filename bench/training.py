@@ -344,11 +344,13 @@ def compare_loss(shape: str, seconds: float) -> None:
 # What a step's time goes to: the first row that fits an operation's name has it.
 PARTS = (
     ("products of weights", ("aten::mm", "aten::addmm")),
-    ("products of attention", ("aten::bmm", "aten::baddbmm")),
+    (
+        "attention",
+        ("aten::bmm", "aten::baddbmm", "_Compiled", "_Blocks", "aten::_softmax", "aten::masked_fill"),
+    ),
     ("norms", ("_AddNorm", "_RMSNorm", "aten::native_layer_norm", "aten::rms_norm")),
     ("activations", ("_Activated", "aten::silu", "aten::gelu")),
     ("rotation", ("_Rotate",)),
-    ("softmax of attention", ("_Blocks", "aten::_softmax", "aten::masked_fill")),
     ("cross-entropy", ("_LinearCrossEntropy", "aten::_log_softmax", "aten::exp")),
     (
         "copies and number formats",
