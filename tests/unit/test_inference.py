@@ -166,7 +166,7 @@ def test_unsupported_models_are_refused(model_path, tmp_path):
     for change, said in (
         ({"model_type": "mamba"}, "not supported"),
         ({"hidden_act": "relu"}, "activation"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"num_attention_heads": 3}, "multiple"),
         ({"hidden_size": 32}, "shape"),
         ({"vocab_size": "many"}, "should be of type int"),

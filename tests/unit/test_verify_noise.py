@@ -142,5 +142,5 @@ def test_a_limit_is_told_and_not_called_equal(tmp_path):
 def test_strict_counts_limits_as_differences(monkeypatch, model, strict, code):
     monkeypatch.setattr(verify, "verify", lambda *_, **__: VerifyReport("m", {}, (LIMITED,)))
     with pytest.raises(typer.Exit) as ended:
-        command.verify(model.path, None, "", 4, None, strict, True, True)
+        command.verify(model.path, tokens=4, strict=strict, json=True, quiet=True)
     assert ended.value.exit_code == code
