@@ -200,25 +200,26 @@ def make_side(shape: str, name: str) -> tuple[Callable[[Any], float], str]:
     return peer_side(shape, kind, variant)
 
 
-def child(shape: str, name: str) -> None:
+def child(shape: str, name: str, cpu_time: bool) -> None:
     """One side in its own process: for each line on standard input, time that many steps and tell."""
+    clock = time.process_time if cpu_time else time.perf_counter
     step, precision = make_side(shape, name)
     source = batches(shape)
     step(next(source))
     print(json.dumps({"precision": precision}), flush=True)
     for line in sys.stdin:
         some = [next(source) for _ in range(int(line))]
-        start = time.perf_counter()
+        start = clock()
         for batch in some:
             step(batch)
-        print(json.dumps({"seconds": (time.perf_counter() - start) / len(some)}), flush=True)
+        print(json.dumps({"seconds": (clock() - start) / len(some)}), flush=True)
 
 
 class Side:
     """A child process that waits, without computing, until it is asked for steps."""
 
-    def __init__(self, shape: str, name: str) -> None:
-        command = [sys.executable, __file__, shape, "--child", name]
+    def __init__(self, shape: str, name: str, cpu_time: bool) -> None:
+        command = [sys.executable, __file__, shape, "--child", name, *(["--cpu-time"] if cpu_time else [])]
         native = {"LEXMILL_NATIVE": "0"} if name == UNCOMPILED else {}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **native}
@@ -247,12 +248,12 @@ class Side:
         self._process.wait()
 
 
-def compare_speed(shape: str, pairs: int, steps: int) -> dict[str, Any]:
+def compare_speed(shape: str, pairs: int, steps: int, cpu_time: bool) -> dict[str, Any]:
     """Interleave all sides, print rates and paired ratios, and return them."""
     names = [*OURS, UNCOMPILED, *(f"{peer}-{precision}" for peer in PEERS[shape] for precision in PRECISIONS)]
     if PEERS[shape] != ("transformers",):
         names.append("products")
-    sides = {name: Side(shape, name) for name in names}
+    sides = {name: Side(shape, name, cpu_time) for name in names}
     for peer in PEERS[shape]:
         # where bfloat16 is emulated a step takes a minute: once is enough to know it
         first = {precision: sides[f"{peer}-{precision}"].time(1) for precision in PRECISIONS}
@@ -392,6 +393,11 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", help=f"any of {', '.join(SHAPES)}; all when not given")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--steps", type=int, default=2, help="steps of each side in a pair")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the processor's time, all threads together: with OMP_NUM_THREADS=1, for busy machines",
+    )
     parser.add_argument("--loss", type=float, metavar="SECONDS", help="also a decoder's loss at equal time")
     parser.add_argument("--profile", action="store_true", help="only tell where a step's time goes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
@@ -401,7 +407,7 @@ def main() -> None:
         parser.error(f"unknown shape {', '.join(unknown)}; there are {', '.join(SHAPES)}")
     shapes = arguments.shapes or list(SHAPES)
     if arguments.child:
-        child(shapes[0], arguments.child)
+        child(shapes[0], arguments.child, arguments.cpu_time)
         return
     from lexmill.devices import this_machine, threads
 
@@ -421,7 +427,9 @@ def main() -> None:
         for shape in shapes:
             profile(shape)
         return
-    found = {shape: compare_speed(shape, arguments.pairs, arguments.steps) for shape in shapes}
+    found = {
+        shape: compare_speed(shape, arguments.pairs, arguments.steps, arguments.cpu_time) for shape in shapes
+    }
     if arguments.json:
         arguments.json.write_text(
             json.dumps({"cpu": machine.cpu, "class": machine.cpu_class, **found}, indent=2)
