@@ -185,7 +185,7 @@ def test_attention_in_blocks(causal, groups):
 )
 def test_compiled_attention(at_most, sees, biased, queries, keys, width, heads, kv_heads):
     torch.manual_seed(queries)
-    some = kernels.load(at_most)
+    some, before = kernels.load(at_most), torch.get_num_threads()
     try:
         if some is None or some.instruction_set != at_most:
             pytest.skip(f"this machine has no {at_most}")
@@ -227,6 +227,29 @@ def test_compiled_attention(at_most, sees, biased, queries, keys, width, heads, 
                 assert agree(found, gradients(plain, inputs, torch.float64), 0.02)
     finally:
         kernels.load()
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(
+    kernels.KERNELS is None or not kernels.KERNELS.attends, reason="this machine has no compiled attention"
+)
+def test_compiled_attention_keeps_what_torch_can_take_away():
+    """All that it keeps passes through torch's hooks, by which checkpointing lets go of it."""
+    q, k, v = (torch.randn(1, 2, 40, 32).bfloat16().requires_grad_() for _ in range(3))
+    mask, bias = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril(), torch.randn(1, 2, 40, 40)
+    kept = []
+
+    def moved(tensor):  # elsewhere in memory, as after computing it again
+        kept.append(tensor)
+        return tensor.clone(memory_format=torch.preserve_format)
+
+    with torch.autograd.graph.saved_tensors_hooks(moved, lambda tensor: tensor):
+        out = attend(q, k, v, Scope(mask, bias=bias), 0.2)
+    assert len(kept) == 7
+    twice = []
+    for _ in range(2):  # the graph may be kept
+        twice.append(torch.autograd.grad(out.float().square().sum(), (q, k, v), retain_graph=True))
+    assert all(torch.equal(one, other) for one, other in zip(*twice))
 
 
 def test_rotation_and_its_gradient():

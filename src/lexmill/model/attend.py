@@ -89,17 +89,20 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, bias, causal, scale, compiled):  # type: ignore[override]
         by_key = None if bias is None else bias[0].mT.float().contiguous()
-        causal = causal and mask is None
-        out, ctx.kept = compiled.attention(q, k, v, scale, mask=mask, bias=by_key, causal=causal)
+        ctx.settings = {"scale": scale, "causal": causal and mask is None}
+        out, log_sums = compiled.attention(q, k, v, mask=mask, bias=by_key, **ctx.settings)
+        ctx.save_for_backward(q, k, v, out, log_sums, mask, by_key)
         ctx.compiled, ctx.with_bias = compiled, bias is not None and bias.requires_grad
         return out
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[override]
+        *kept, mask, by_key = ctx.saved_tensors
         if gradient.stride(-1) != 1:
             gradient = gradient.contiguous()
-        kept, ctx.kept = ctx.kept, None
-        dq, dk, dv, dbias = ctx.compiled.attention_back(kept, gradient, with_bias=ctx.with_bias)
+        dq, dk, dv, dbias = ctx.compiled.attention_back(
+            *kept, gradient, mask=mask, bias=by_key, with_bias=ctx.with_bias, **ctx.settings
+        )
         return dq, dk, dv, None, None if dbias is None else dbias.mT[None], None, None, None
 
 

@@ -91,7 +91,10 @@ class Kernels:
         return self.instruction_set in ("avx512_bf16", "amx")
 
     def _run(self, name: str, *values: Any) -> None:
-        self._calls[name](_STRUCTS[name](*values), torch.get_num_threads())
+        self._call(name, _STRUCTS[name](*values))
+
+    def _call(self, name: str, struct: Any) -> None:
+        self._calls[name](struct, torch.get_num_threads())
 
     def add_norm(
         self,
@@ -207,7 +210,7 @@ class Kernels:
         mask: Tensor | None = None,
         bias: Tensor | None = None,
         causal: bool = False,
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, Tensor]:
         """softmax(scale * Q Kᵀ + bias) V, (batch, heads, queries, head_width), in memory (batch, queries, heads, …).
 
         Args:
@@ -216,29 +219,43 @@ class Kernels:
             bias: (heads, keys, queries), float32.
 
         Returns:
-            The result, and what `attention_back` needs; it holds on to the tensors.
+            The result, and for the way back the logarithm of each query's sum, (batch, heads, queries).
         """
-        batch, heads, queries, width = q.shape
-        out = _heads_last(q)
-        log_sums = torch.empty(batch, heads, queries)
-        sizes = batch, heads, k.shape[1], queries, k.shape[2], width, causal, 0 if mask is None else len(mask)
-        tensors = q, k, v, out
-        strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
-        addresses = *_addresses(*tensors, dense=False), *_addresses(log_sums), _address(mask), _address(bias)
-        struct = _STRUCTS["attention"](*sizes, *strides, *addresses, scale)
-        self._calls["attention"](struct, torch.get_num_threads())
-        return out, (struct, q, k, v, out.detach(), log_sums, mask, bias)
+        out, log_sums = _heads_last(q), torch.empty(q.shape[:3])
+        self._call("attention", _attention(q, k, v, out, log_sums, scale, mask, bias, causal))
+        return out, log_sums
 
     def attention_back(
-        self, kept: Any, gradient: Tensor, *, with_bias: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        log_sums: Tensor,
+        gradient: Tensor,
+        scale: float,
+        *,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        causal: bool = False,
+        with_bias: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The gradients of q, k, v, and with `with_bias` of the bias."""
-        struct, q, k, v, _, _, _, bias = kept
+        """The gradients of q, k, v, and with `with_bias` of the bias.
+
+        Args:
+            out, log_sums: as `attention` gave them; the others as it got them.
+            gradient: of the result, the last axis dense.
+        """
         to_q, to_k, to_v = (_heads_last(tensor) for tensor in (q, k, v))
-        to_bias = torch.empty_like(bias) if with_bias else None
+        to_bias = torch.empty_like(bias) if bias is not None and with_bias else None
         tensors = gradient, to_q, to_k, to_v
-        strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
-        self._run("attention_back", struct, *strides, *_addresses(*tensors, dense=False), _address(to_bias))
+        self._run(
+            "attention_back",
+            _attention(q, k, v, out, log_sums, scale, mask, bias, causal),
+            *_strides_of(*tensors),
+            *_addresses(*tensors, dense=False),
+            _address(to_bias),
+        )
         return to_q, to_k, to_v, to_bias
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
@@ -263,6 +280,28 @@ def _is_bf16(tensor: Tensor) -> bool:
 def _addresses(*tensors: Tensor, dense: bool = True) -> tuple[int, ...]:
     assert not dense or all(tensor.is_contiguous() for tensor in tensors)
     return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+) -> Any:
+    """The struct that attention and its way back share; it does not hold on to the tensors."""
+    batch, heads, queries, width = q.shape
+    sizes = batch, heads, k.shape[1], queries, k.shape[2], width, causal, 0 if mask is None else len(mask)
+    addresses = *_addresses(q, k, v, out, dense=False), *map(_address, (log_sums, mask, bias))
+    return _STRUCTS["attention"](*sizes, *_strides_of(q, k, v, out), *addresses, scale)
+
+
+def _strides_of(*tensors: Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
 def _heads_last(like: Tensor) -> Tensor:

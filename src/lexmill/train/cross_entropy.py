@@ -9,9 +9,8 @@ from lexmill.model.kernels import kernels_for
 from lexmill.train.examples import IGNORED
 
 _ROWS = 1024  # positions whose logits exist at the same time
-_CACHED = (
-    1 << 18
-)  # logits that are worked on at once on a CPU without kernels, so that they stay in its cache
+# Logits that are worked on at once on a CPU without kernels, so that they stay in its cache.
+_CACHED = 1 << 18
 _FEWEST = 8  # positions of them, however large the vocabulary
 
 
