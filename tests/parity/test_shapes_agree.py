@@ -120,9 +120,9 @@ def test_a_model_without_tokenizer_is_compared_by_ids(models, model_path, tmp_pa
 )
 def test_one_weight_that_transformers_reads_otherwise_is_found(models, monkeypatch, name, weight, expected):
     """Both read the same files, so lexmill's side is what is turned here."""
-    from lexmill.inference import torch_backend
+    from lexmill.model import load as loading
 
-    load = torch_backend.load_model
+    load = loading.load_model
 
     def turned(directory, *more):
         model = load(directory, *more)
@@ -131,7 +131,7 @@ def test_one_weight_that_transformers_reads_otherwise_is_found(models, monkeypat
         model.load_weights(weights)
         return model
 
-    monkeypatch.setattr(torch_backend, "load_model", turned)
+    monkeypatch.setattr(loading, "load_model", turned)
     report = verify(models(name).path, tokens=4)
     assert expected <= failed(report) and report.exit_code == 1, report.table_rows()
 

@@ -8,11 +8,8 @@ from lexmill.finetune.config import FinetuneConfig
 from lexmill.finetune.stage import make_lesson
 from lexmill.model.adapter import Adapter
 from lexmill.model.adapter_files import AdapterDirectory
-from lexmill.model.build import build_model
 from lexmill.model.directory import ModelDirectory
-from lexmill.model.lora import add_adapter
-from lexmill.model.quantised import build_quantised
-from lexmill.model.transformer import Transformer
+from lexmill.model.load import load_model
 from lexmill.progress import SILENT, Progress
 from lexmill.train.batches import fixed_batches
 from lexmill.train.objective import measure
@@ -53,17 +50,6 @@ def adapter_losses(
     found = {}
     with progress.task("measuring", len(cases), "models") as task_view:
         for name, case in cases.items():
-            found[name] = measure(_built(*case), lesson.loss, batches).loss
+            found[name] = measure(load_model(*case), lesson.loss, batches).loss
             task_view.advance()
     return found
-
-
-def _built(directory: ModelDirectory, adapter: Adapter | None, quantise: str) -> Transformer:
-    if quantise:
-        model, _ = build_quantised(directory.config, directory.weights_on_demand(), quantise)
-    else:
-        model = build_model(directory.config)
-        model.load_weights(directory.weights_on_demand())
-    if adapter is not None:
-        add_adapter(model, adapter)
-    return model.eval()

@@ -441,7 +441,7 @@ def load(path: Path | str, *, base: Path | str | None = None, quantise: str = ""
     Raises:
         FileError, FormatError, ModelError: the directory is incomplete, damaged or not supported.
     """
-    from lexmill.inference.torch_backend import load_model
+    from lexmill.model.load import load_model
 
     adapter = None
     if is_adapter(path):
