@@ -1,8 +1,8 @@
 """The heart of attention: softmax(Q Kᵀ + bias) V, by the fastest way that gives the same numbers.
 
-Inference and GPUs take torch's fused kernel. Training on a CPU takes products over blocks of
-queries: at rows of some hundred tokens that is faster, forward and back, than the fused kernel
-(`bench/training.py`; measured in docs/decisions.md).
+Inference and GPUs take torch's fused kernel. Training on a CPU takes compiled attention where its products are
+bfloat16 (`native/attention.cpp`), and else products over blocks of queries: at rows of some hundred tokens both
+are faster, forward and back, than the fused kernel (`bench/kernels.py`; measured in docs/decisions.md).
 """
 
 from __future__ import annotations
