@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -86,6 +86,13 @@ def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented UTF-8 JSON, atomically, keys in the order given."""
     with atomic_write(path, "w") as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path | str, values: Iterable[Any]) -> None:
+    """Write values as JSON, one a line, atomically."""
+    with atomic_write(path, "w") as file:
+        for value in values:
+            file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path | str, what: str = "JSON file") -> Any:

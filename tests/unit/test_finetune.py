@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from lexmill.config import apply_overrides, from_mapping
-from lexmill.data.documents import read_documents
+from lexmill.data.labelled import Conversation
 from lexmill.errors import ConfigError, DataError, FileError
 from lexmill.finetune.chat import Replay, chat_example, fit, join_conversations
 from lexmill.finetune.config import FinetuneConfig
 from lexmill.finetune.plan import plan_finetuning
-from lexmill.finetune.rows import read_split
+from lexmill.finetune.rows import TaskData
 from lexmill.model.adapter import LoraConfig
 from lexmill.model.build import build_model
 from lexmill.model.directory import ModelDirectory
@@ -76,7 +76,7 @@ def test_joined_conversations_are_used_once_each():
 
 
 def test_replay_draws_about_as_much_text_as_asked(documents, tokenizer):
-    replay = Replay(read_documents(documents / "train.parquet"), tokenizer, 64)
+    replay = Replay(TaskData(path=documents).texts("train"), tokenizer, 64)
     pieces = replay.draw(1000, np.random.default_rng(0))
     assert 1000 <= sum(len(piece.tokens) for piece in pieces) < 1064
     assert all(len(piece.tokens) <= 64 for piece in pieces)
@@ -95,25 +95,30 @@ def talks(path, count):
     return path
 
 
+def messages(data, split):
+    return [json.dumps(row.messages) for row in data.rows(split, Conversation)]
+
+
 def test_a_file_is_split_by_content(tmp_path):
     path = talks(tmp_path / "talks.jsonl", 200)
-    parts = {split: [one.id for one in read_split(path, split, 0.2, 7)] for split in ("train", "validation")}
+    parts = {
+        split: messages(TaskData(path=path, fraction=0.2, seed=7), split) for split in ("train", "validation")
+    }
     assert not set(parts["train"]) & set(parts["validation"]) and sum(map(len, parts.values())) == 200
     assert 20 < len(parts["validation"]) < 60
     lines = path.read_text("utf-8").splitlines()
     path.write_text("\n".join(reversed(lines)) + "\n", "utf-8")
-    assert [one.id for one in read_split(path, "train", 0.2, 7)] == parts["train"][::-1]
-    assert not list(read_split(path, "validation", 0.0, 7))
+    assert messages(TaskData(path=path, fraction=0.2, seed=7), "train") == parts["train"][::-1]
+    assert not messages(TaskData(path=path, fraction=0.0, seed=7), "validation")
 
 
 def test_a_file_of_its_own_is_held_out(tmp_path, documents):
     path, held = talks(tmp_path / "talks.jsonl", 9), talks(tmp_path / "held.jsonl", 4)
-    assert len(list(read_split(path, "train", 0.5, 0, held))) == 9
-    assert len(list(read_split(path, "validation", 0.5, 0, held))) == 4
-    folder = list(read_split(documents, "train", 0.5, 0))
-    assert [one.id for one in folder] == [one.id for one in read_documents(documents / "train.parquet")]
+    assert len(messages(TaskData(path=path, held_out=held), "train")) == 9
+    assert len(messages(TaskData(path=path, held_out=held), "validation")) == 4
+    assert messages(TaskData(path=documents), "train") and list(TaskData(path=documents).texts("train"))
     with pytest.raises(FileError, match="no such data"):
-        list(read_split(tmp_path / "nowhere", "train", 0.1, 0))
+        messages(TaskData(path=tmp_path / "nowhere"), "train")
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig()], ids=["whole", "adapter"])

@@ -1,4 +1,4 @@
-"""`lexmill evaluate`: how good is a model?"""
+"""`lexmill evaluate`: how good is a model, on text or at a task?"""
 
 from __future__ import annotations
 
@@ -12,13 +12,65 @@ from lexmill.cli.options import Json, Model, Quiet, begin_computing, make_progre
 
 def evaluate(
     model: Model,
-    documents: Annotated[Path, typer.Argument(help="The folder that 'lexmill prepare' wrote.")],
+    documents: Annotated[
+        Path | None, typer.Argument(help="The folder that 'lexmill prepare' wrote.", show_default=False)
+    ] = None,
     base: Annotated[Path | None, typer.Option("--base", help="Another model to compare with.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Score this task on the rows of --data: chat.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="A file of rows, all of which are scored.", show_default=False),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows at most.")] = None,
+    beams: Annotated[int, typer.Option("--beams", min=1, help="Above 1: beam search.")] = 1,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of what is written.")] = 256,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            "--predictions", help="Write what the model gave for each row here (JSONL).", show_default=False
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Loss, perplexity and bits per byte on held-out text; accuracy of replies to held-out questions."""
+    """Loss, perplexity and bits per byte on held-out text; or with --task the task's own scores on a file of rows."""
     begin_computing()
+    from lexmill.errors import ConfigError
+
+    if (documents is None) == (task is None or data is None):
+        raise ConfigError(
+            "Give either a folder that 'lexmill prepare' wrote, or --task and --data.",
+            "lexmill evaluate MODEL --task chat --data rows.jsonl",
+        )
+    if documents is not None:
+        _on_documents(model, documents, base, json, quiet)
+        return
+    from lexmill.evaluate.scores import ScoreConfig
+    from lexmill.evaluate.task import score_task
+    from lexmill.files import write_jsonl
+    from lexmill.inference.language_model import load
+
+    assert task is not None and data is not None
+    config = ScoreConfig(limit=limit, beams=beams, max_tokens=max_tokens)
+    named = {"model": model} | ({"base": base} if base else {})
+    progress = make_progress(quiet or json)
+    found = {name: score_task(task, load(path), data, config, progress) for name, path in named.items()}
+    if predictions is not None:
+        write_jsonl(predictions, ({"prediction": one} for one in found["model"].predictions))
+    if json:
+        compared = {"base": found["base"].as_json()} if base else {}
+        print_json(found["model"].as_json() | compared)
+        return
+    for name, scores in found.items():
+        told = ", ".join(f"{metric.replace('_', ' ')} {value:,}" for metric, value in scores.metrics.items())
+        typer.echo(f"{task}, {scores.rows:,} rows, {name}: {told}")
+    for key, value in found["model"].details.items():
+        typer.echo(f"  {key.replace('_', ' ')}: {value}")
+
+
+def _on_documents(model: Path, documents: Path, base: Path | None, json: bool, quiet: bool) -> None:
     from lexmill.evaluate.stage import EvaluateConfig
     from lexmill.evaluate.stage import evaluate as run_evaluate
     from lexmill.inference.language_model import load
@@ -34,7 +86,7 @@ def evaluate(
         print_json(scores)
         return
     for part in ("text", "replies"):
-        for name, figures in scores[part].items():
+        for name, figures in scores.get(part, {}).items():
             which = {"before": "base", "after": "model", "seen_after": "model, questions seen in training"}[
                 name
             ]

@@ -11,14 +11,13 @@ import numpy as np
 
 from lexmill.data.documents import Document, read_documents
 from lexmill.errors import DataError
+from lexmill.evaluate.chat import first_exchange
 from lexmill.evaluate.gaps import FillCase, fill_scores, pretraining_scores
-from lexmill.finetune.chat import chat_example, fit
+from lexmill.evaluate.loss import mean_loss
+from lexmill.finetune.chat import to_examples
 from lexmill.inference.language_model import LanguageModel
 from lexmill.progress import SILENT, Progress
-from lexmill.train.batches import fixed_batches
-from lexmill.train.causal import causal_loss
 from lexmill.train.examples import Example, next_token_example
-from lexmill.train.objective import measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +99,8 @@ def text_scores(model: LanguageModel, documents: list[Document], config: Evaluat
             tokens += len(piece) - 1
             # what the targets of this piece stand for, so that nats and bytes belong together
             size += len(tokenizer.decode(piece[1:].tolist()).encode("utf-8"))
-    loss, _, targets = _measure(model, examples, config)
+    found = mean_loss(model, examples, config.rows)
+    loss, targets = found.loss, found.targets["tokens"]
     return {
         "loss": round(loss, 5),
         "perplexity": round(math.exp(min(loss, 700)), 4),
@@ -112,41 +112,20 @@ def text_scores(model: LanguageModel, documents: list[Document], config: Evaluat
 def reply_scores(model: LanguageModel, documents: list[Document], config: EvaluateConfig) -> dict[str, float]:
     """How well the replies of conversations are predicted, and how many come out exactly."""
     length = model.config.context
-    examples = [fit(chat_example(document.messages or (), model.tokenizer), length) for document in documents]
-    loss, accuracy, targets = _measure(model, [example for example in examples if example], config)
-    asked = [pair for pair in map(_first_exchange, documents[: config.replies]) if pair]
+    talks = [document.messages or () for document in documents]
+    found = mean_loss(model, to_examples(talks, model.tokenizer, length), config.rows)
+    asked = [pair for pair in map(first_exchange, talks[: config.replies]) if pair]
     exact = sum(
         model.chat(messages, max_tokens=config.reply_tokens).strip() == reply.strip()
         for messages, reply in asked
     )
     return {
-        "loss": round(loss, 5),
-        "token_accuracy": round(accuracy, 5),
+        "loss": round(found.loss, 5),
+        "token_accuracy": round(found.accuracies["tokens"], 5),
         "exact": round(exact / max(len(asked), 1), 5),
         "conversations": len(asked),
-        "targets": targets,
+        "targets": found.targets["tokens"],
     }
-
-
-def _measure(
-    model: LanguageModel, examples: list[Example], config: EvaluateConfig
-) -> tuple[float, float, int]:
-    """Mean loss, share of targets whose most probable token is right, number of targets."""
-    pad = model.tokenizer.ids.pad or 0
-    batches = fixed_batches(examples, rows=config.rows, length=model.config.context, pad_id=pad)
-    if not batches:
-        raise DataError("There are no targets to measure on.")
-    found = measure(model.network, causal_loss, batches)
-    return found.loss, found.accuracies["tokens"], found.targets["tokens"]
-
-
-def _first_exchange(document: Document) -> tuple[list[dict[str, str]], str] | None:
-    """The messages before the first reply, and that reply."""
-    messages = [dict(message) for message in document.messages or ()]
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant" and index:
-            return messages[:index], message["content"]
-    return None
 
 
 def _examples(
@@ -157,7 +136,7 @@ def _examples(
     found = []
     for split, documents in (("training", seen[: config.examples - half]), ("held out", chats[:half])):
         for document in documents:
-            exchange = _first_exchange(document)
+            exchange = first_exchange(document.messages or ())
             if exchange:
                 answers = {
                     name: model.chat(exchange[0], max_tokens=config.reply_tokens) for name, model in models

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from lexmill.data.documents import Document
+from lexmill.data.labelled import Conversation, Message
 from lexmill.errors import DataError, ModelError
 from lexmill.finetune.config import FinetuneConfig
-from lexmill.finetune.lesson import Lesson, Splits
+from lexmill.finetune.lesson import Lesson
+from lexmill.finetune.rows import TRAIN, VALIDATION, TaskData
 from lexmill.model.directory import ModelDirectory
 from lexmill.tokenizer.special import END_OF_TURN
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.train.causal import causal_loss
 from lexmill.train.examples import Example, next_token_example
 
-Conversation = list[dict[str, str]]
 
-
-def chat_lesson(config: FinetuneConfig, model: ModelDirectory, splits: Splits) -> Lesson:
+def chat_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskData) -> Lesson:
     """Answering: each epoch all conversations, joined at random, and pieces of plain text if asked for.
 
     Raises:
@@ -38,13 +37,13 @@ def chat_lesson(config: FinetuneConfig, model: ModelDirectory, splits: Splits) -
             "Put chat_template.jinja into the directory: the template of a model that it descends from.",
         )
     length = config.length(model.config)
-    conversations = list(_conversations(splits("train")))
+    conversations = [row.messages for row in data.rows(TRAIN, Conversation)]
     if not conversations:
         raise DataError(
             "There are no conversations to learn from.", 'Rows with "messages" are conversations.'
         )
-    replay = Replay(splits("train"), tokenizer, length) if config.text_share else None
-    held_out = itertools.islice(_conversations(splits("validation")), config.validation_rows)
+    replay = Replay(data.texts(TRAIN), tokenizer, length) if config.text_share else None
+    held_out = itertools.islice(data.rows(VALIDATION, Conversation), config.validation_rows)
 
     def examples(epoch: int) -> list[Example]:
         random = np.random.default_rng([config.seed, epoch, 2])
@@ -56,18 +55,12 @@ def chat_lesson(config: FinetuneConfig, model: ModelDirectory, splits: Splits) -
     return Lesson(
         causal_loss,
         examples,
-        to_examples(held_out, tokenizer, length),
+        to_examples((row.messages for row in held_out), tokenizer, length),
         length,
         tokenizer.ids.pad if tokenizer.ids.pad is not None else 0,
         f"{len(conversations):,} conversations",
         facts={"conversations": len(conversations)},
     )
-
-
-def _conversations(documents: Iterable[Document]) -> Iterator[Conversation]:
-    for document in documents:
-        if document.kind == "chat":
-            yield [dict(message) for message in document.messages or ()]
 
 
 def chat_example(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> Example:
@@ -112,20 +105,20 @@ def fit(example: Example, length: int) -> Example | None:
 
 
 def join_conversations(
-    conversations: list[Conversation], most: int, random: np.random.Generator
-) -> list[Conversation]:
+    conversations: Sequence[Sequence[Message]], most: int, random: np.random.Generator
+) -> list[list[Message]]:
     """Lay up to `most` conversations one behind the other, drawn at random; each is used once.
 
     A model that has only seen single questions loses its way in a talk of several turns. What
     begins with a system message stays alone.
     """
-    joined: list[Conversation] = []
+    joined: list[list[Message]] = []
     room = 0
     for index in random.permutation(len(conversations)):
         conversation = conversations[index]
         alone = conversation[0]["role"] == "system"
         if room > 0 and not alone:
-            joined[-1] = joined[-1] + conversation
+            joined[-1] += conversation
             room -= 1
         else:
             joined.append(list(conversation))
@@ -133,7 +126,9 @@ def join_conversations(
     return joined
 
 
-def to_examples(conversations: Iterable[Conversation], tokenizer: Tokenizer, length: int) -> list[Example]:
+def to_examples(
+    conversations: Iterable[Sequence[Message]], tokenizer: Tokenizer, length: int
+) -> list[Example]:
     """Conversations as examples of at most `length` tokens; one whose replies are all cut off is left out."""
     fitted = (fit(chat_example(conversation, tokenizer), length) for conversation in conversations)
     return [example for example in fitted if example is not None]
@@ -142,10 +137,9 @@ def to_examples(conversations: Iterable[Conversation], tokenizer: Tokenizer, len
 class Replay:
     """Pieces of the training text, to be mixed in."""
 
-    def __init__(self, documents: Iterable[Document], tokenizer: Tokenizer, length: int) -> None:
+    def __init__(self, texts: Iterable[str], tokenizer: Tokenizer, length: int) -> None:
         self._length = length
-        texts = [document.text or "" for document in documents if document.kind == "text"]
-        ids = (np.array(one, np.int64) for one in tokenizer.encode_batch(texts, special=False))
+        ids = (np.array(one, np.int64) for one in tokenizer.encode_batch(list(texts), special=False))
         self._ids = [one for one in ids if len(one) > 1]
 
     def draw(self, tokens: int, random: np.random.Generator) -> list[Example]:

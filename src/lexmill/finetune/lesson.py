@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lexmill.data.documents import Document
 from lexmill.finetune.config import FinetuneConfig
+from lexmill.finetune.rows import TaskData
 from lexmill.model.directory import ModelDirectory
 from lexmill.train.examples import Example
 from lexmill.train.objective import Objective
-
-# "train" or "validation" to its documents, read anew each time
-Splits = Callable[[str], Iterable[Document]]
 
 
 @dataclass(frozen=True)
@@ -41,4 +38,4 @@ class Lesson:
 
 
 # (settings, the model that learns, its data) -> what it learns
-TaskMaker = Callable[[FinetuneConfig, ModelDirectory, Splits], Lesson]
+TaskMaker = Callable[[FinetuneConfig, ModelDirectory, TaskData], Lesson]

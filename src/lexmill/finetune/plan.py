@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lexmill.data.documents import Document
+from lexmill.data.labelled import Conversation
 from lexmill.finetune.chat import chat_example
 from lexmill.finetune.config import FinetuneConfig
-from lexmill.finetune.rows import read_split
+from lexmill.finetune.rows import TRAIN, TaskData
 from lexmill.model.adapter import LoraConfig
 from lexmill.model.build import build_model
 from lexmill.model.config import ModelConfig
@@ -47,8 +47,8 @@ def plan_finetuning(
     length = config.length(shape)
     row, found = Row(length, length), None
     if data is not None and tokenizer is not None:
-        documents = read_split(data, "train", config.validation_fraction, config.seed, validation)
-        row, found = _look_at(documents, tokenizer, config, length)
+        rows = TaskData(path=data, held_out=validation, fraction=config.validation_fraction, seed=config.seed)
+        row, found = _look_at(rows.rows(TRAIN, Conversation), tokenizer, config, length)
     lora = config.lora
     return forecast(
         config,
@@ -76,14 +76,10 @@ def _any_weights(shape: ModelConfig, lora: LoraConfig) -> Transformer:
 
 
 def _look_at(
-    documents: Iterator[Document], tokenizer: Tokenizer, config: FinetuneConfig, length: int
+    chats: Iterator[Conversation], tokenizer: Tokenizer, config: FinetuneConfig, length: int
 ) -> tuple[Row, Data | None]:
     """What rows hold, and how many tokens there are, by the first conversations."""
-    chats = (document for document in documents if document.kind == "chat")
-    sample = [
-        chat_example([dict(message) for message in document.messages or ()], tokenizer)
-        for document in itertools.islice(chats, _SAMPLE)
-    ]
+    sample = [chat_example(chat.messages, tokenizer) for chat in itertools.islice(chats, _SAMPLE)]
     if not sample:
         return Row(length, length), None
     count = len(sample) + sum(1 for _ in chats)

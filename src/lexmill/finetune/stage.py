@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lexmill.data.documents import Document
 from lexmill.files import write_json
 from lexmill.finetune.chat import chat_lesson
 from lexmill.finetune.config import FinetuneConfig
 from lexmill.finetune.lesson import Lesson, TaskMaker
-from lexmill.finetune.rows import read_split
+from lexmill.finetune.rows import TaskData
 from lexmill.model.adapter import Adapter
 from lexmill.model.adapter_files import AdapterDirectory, write_adapter
 from lexmill.model.build import build_model
@@ -29,7 +28,7 @@ from lexmill.train.metrics import write_samples
 from lexmill.train.objective import measure
 from lexmill.train.processes import Processes
 
-__all__ = ["FinetuneConfig", "finetune", "make_lesson"]
+__all__ = ["FinetuneConfig", "finetune", "make_lesson", "task_data"]
 
 # (model, tokenizer, question) -> the reply
 Replier = Callable[[nn.Module, Tokenizer, str], str]
@@ -46,11 +45,12 @@ def make_lesson(
     Raises:
         DataError, ModelError: data or a model that do not fit the task.
     """
+    return TASKS[config.task](config, base, task_data(config, data, validation))
 
-    def splits(split: str) -> Iterable[Document]:
-        return read_split(data, split, config.validation_fraction, config.seed, validation)
 
-    return TASKS[config.task](config, base, splits)
+def task_data(config: FinetuneConfig, data: Path, validation: Path | None = None) -> TaskData:
+    """Where the rows of a run come from."""
+    return TaskData(path=data, held_out=validation, fraction=config.validation_fraction, seed=config.seed)
 
 
 def finetune(

@@ -1,0 +1,53 @@
+"""Scores of chat: how well the replies of conversations are predicted, and how many come out exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from lexmill.data.labelled import Conversation, Message
+from lexmill.evaluate.loss import mean_loss
+from lexmill.evaluate.scores import Scoring, TaskScores
+from lexmill.finetune.chat import to_examples
+from lexmill.inference.language_model import LanguageModel
+
+
+def chat_scores(model: LanguageModel, scoring: Scoring) -> TaskScores:
+    """Loss and accuracy of the replies' tokens with the true reply so far given; exact first replies.
+
+    Raises:
+        DataError: no reply fits the model's context.
+    """
+    config = scoring.config
+    talks = [cast(Conversation, row).messages for row in scoring.rows]
+    found = mean_loss(model, to_examples(talks, model.tokenizer, model.config.context))
+    asked = [pair for pair in map(first_exchange, talks) if pair]
+    given: list[str] = []
+    with scoring.progress.task("answering", len(asked), "conversations") as task:
+        for messages, _ in asked:
+            given.append(model.chat(messages, max_tokens=config.max_tokens))
+            task.advance()
+    right = sum(said.strip() == reply.strip() for said, (_, reply) in zip(given, asked, strict=True))
+    return TaskScores(
+        task="chat",
+        metrics={
+            "loss": round(found.loss, 5),
+            "token_accuracy": round(found.accuracies["tokens"], 5),
+            "exact": round(right / max(len(asked), 1), 5),
+        },
+        rows=len(talks),
+        details={"targets": found.targets["tokens"]},
+        examples=[
+            {"question": messages[-1]["content"], "expected": reply, "given": said}
+            for (messages, reply), said in list(zip(asked, given, strict=True))[: config.examples]
+        ],
+        predictions=given,
+    )
+
+
+def first_exchange(messages: Sequence[Message]) -> tuple[list[Message], str] | None:
+    """The messages before the first reply, and that reply."""
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant" and index:
+            return list(messages[:index]), message["content"]
+    return None

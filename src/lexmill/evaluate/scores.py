@@ -1,0 +1,67 @@
+"""What scoring a task takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lexmill.data.labelled import Row
+from lexmill.errors import ConfigError
+from lexmill.progress import SILENT, Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """How a model is asked."""
+
+    limit: int | None = None  # rows at most, the first ones
+    max_tokens: int = 256  # of what is written
+    beams: int = 1  # above 1: beam search
+    length_penalty: float = 1.0  # of beam search
+    examples: int = 10  # kept for a reader
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "beams"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"'{name}' must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is asked: rows of the task's kind, and how."""
+
+    rows: Sequence[Row]
+    config: ScoreConfig = field(default_factory=ScoreConfig)
+    progress: Progress = SILENT
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScores:
+    """What came out.
+
+    Attributes:
+        metrics: by name; the first is the one by which models of this task are compared. Shares lie in
+            [0, 1], unless the official script gives percent (BLEU, chrF, SQuAD's exact match and F1).
+        rows: how many were scored.
+        details: what is no single number: a confusion matrix, sacrebleu's signature.
+        examples: the first rows, as texts: what was asked, expected and given.
+        predictions: for every row, in order.
+    """
+
+    task: str
+    metrics: dict[str, float]
+    rows: int
+    details: dict[str, Any] = field(default_factory=dict)
+    examples: list[dict[str, str]] = field(default_factory=list)
+    predictions: list[Any] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """All but the predictions, for `--json` and scores.json."""
+        return {
+            "task": self.task,
+            "rows": self.rows,
+            "metrics": self.metrics,
+            "details": self.details,
+            "examples": self.examples,
+        }
