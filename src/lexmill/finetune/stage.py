@@ -9,10 +9,13 @@ from typing import Any
 from torch import nn
 
 from lexmill.files import write_json
+from lexmill.finetune.answer import answer_lesson
 from lexmill.finetune.chat import chat_lesson
 from lexmill.finetune.config import FinetuneConfig
 from lexmill.finetune.lesson import Lesson, TaskMaker
 from lexmill.finetune.rows import TaskData
+from lexmill.finetune.summarise import summarise_lesson
+from lexmill.finetune.translate import translate_lesson
 from lexmill.model.adapter import Adapter
 from lexmill.model.adapter_files import AdapterDirectory, write_adapter
 from lexmill.model.build import build_model
@@ -34,7 +37,12 @@ __all__ = ["FinetuneConfig", "finetune", "make_lesson", "task_data"]
 Replier = Callable[[nn.Module, Tokenizer, str], str]
 
 # A new task: a file with a function that makes its lesson, its name here and in `FinetuneConfig.task`.
-TASKS: dict[str, TaskMaker] = {"chat": chat_lesson}
+TASKS: dict[str, TaskMaker] = {
+    "chat": chat_lesson,
+    "qa": answer_lesson,
+    "summarise": summarise_lesson,
+    "translate": translate_lesson,
+}
 
 
 def make_lesson(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,13 +42,21 @@ class LanguageModel:
         network: the Transformer itself.
         config: its shape.
         path: the model directory, None for a model that is still in training.
+        lineage: what `lexmill.json` says of its making.
     """
 
-    def __init__(self, network: Any, tokenizer: Tokenizer | None, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        network: Any,
+        tokenizer: Tokenizer | None,
+        path: Path | None = None,
+        lineage: Mapping[str, Any] | None = None,
+    ) -> None:
         self.network = network
         self._tokenizer = tokenizer
         self.config: ModelConfig = network.config
         self.path = path
+        self.lineage = dict(lineage or {})
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -446,8 +454,9 @@ def load(path: Path | str, *, base: Path | str | None = None, quantise: str = ""
     adapter = None
     if is_adapter(path):
         opened = AdapterDirectory.open(path, find_model(base) if base is not None else None)
-        directory, adapter = opened.base, opened.adapter
+        directory, adapter, lineage = opened.base, opened.adapter, opened.lineage
     else:
         directory = ModelDirectory.open(find_model(path))
+        lineage = directory.lineage
     tokenizer = directory.tokenizer if directory.has_tokenizer else None
-    return LanguageModel(load_model(directory, adapter, quantise), tokenizer, directory.path)
+    return LanguageModel(load_model(directory, adapter, quantise), tokenizer, directory.path, lineage)
