@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 from conftest import randomise
-from made_models import model_maker
 
-import lexmill
 from lexmill.errors import DataError, ModelError
 from lexmill.inference.language_model import LanguageModel
 from lexmill.inference.together import group_texts, write_ids
@@ -14,7 +12,16 @@ from lexmill.model.build import build_model
 from lexmill.model.config import ModelConfig
 from lexmill.model.lora import add_adapter, begin_adapter
 
-SHAPE = {"vocab_size": 500, "width": 48, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 12, "mlp_width": 64, "context": 64}
+SHAPE = {
+    "vocab_size": 500,
+    "width": 48,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_width": 12,
+    "mlp_width": 64,
+    "context": 64,
+}
 T5 = {"family": "t5", "decoder_layers": 2, "kv_heads": 4, "positions": "relative", "relative_buckets": 8}
 KINDS = {
     "llama": ("bpe", {}),
@@ -39,7 +46,9 @@ def models(tmp_path_factory, prose):
         if name not in made:
             kind = "unigram" if name == "t5" else "bpe"
             options = {"sentinels": 10} if name == "t5" else {}
-            tokenizer = train_tokenizer([prose[:60_000]], TokenizerConfig(kind=kind, vocab_size=400, **options))
+            tokenizer = train_tokenizer(
+                [prose[:60_000]], TokenizerConfig(kind=kind, vocab_size=400, **options)
+            )
             shape = ShapeConfig(family=name, width=48, layers=2, heads=4, context=64)
             network = randomise(build_model(shape.with_vocabulary(400)), deviation=0.25)
             made[name] = LanguageModel(network.eval(), tokenizer)
@@ -102,7 +111,16 @@ def test_groups_hold_each_text_once_and_fit_memory(models):
     groups = list(group_texts(lengths, shape, beams=4, max_tokens=8))
     assert sorted(text for group in groups for text in group) == list(range(300))
     assert max(map(len, groups)) == 16
-    large = ModelConfig(vocab_size=500, width=4096, layers=32, heads=32, kv_heads=32, head_width=128, mlp_width=64, context=4096)
+    large = ModelConfig(
+        vocab_size=500,
+        width=4096,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        head_width=128,
+        mlp_width=64,
+        context=4096,
+    )
     assert all(len(group) == 1 for group in group_texts([3000] * 3, large, beams=1, max_tokens=99))
 
 

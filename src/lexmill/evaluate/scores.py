@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lexmill.data.labelled import Row
 from lexmill.errors import ConfigError
+from lexmill.finetune.writing import Asking
+from lexmill.inference.language_model import LanguageModel
 from lexmill.progress import SILENT, Progress
 
 
@@ -20,6 +22,13 @@ class ScoreConfig:
     beams: int = 1  # above 1: beam search
     length_penalty: float = 1.0  # of beam search
     examples: int = 10  # kept for a reader
+    too_long: Literal["error", "cut", "drop"] = "error"  # rows that the model cannot read whole
+    instruction: str = ""  # of tasks that write, if not the words of the model's training
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of writing."""
+        return {"beams": self.beams, "max_tokens": self.max_tokens, "length_penalty": self.length_penalty}
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "beams"):
@@ -27,13 +36,26 @@ class ScoreConfig:
                 raise ConfigError(f"'{name}' must be at least 1.")
 
 
+# (model, prompts as ids, options of `write_ids`, is told how many more are done) -> what is written
+Writer = Callable[
+    [LanguageModel, Sequence[Sequence[int]], dict[str, Any], Callable[[int], None]], list[list[int]]
+]
+
+
 @dataclass(frozen=True)
 class Scoring:
-    """What is asked: rows of the task's kind, and how."""
+    """What is asked: rows of the task's kind, and how.
+
+    Attributes:
+        write: who writes, if not the model itself: another runtime.
+        asking: in which words, if not those of the model's training.
+    """
 
     rows: Sequence[Row]
     config: ScoreConfig = field(default_factory=ScoreConfig)
     progress: Progress = SILENT
+    write: Writer | None = None
+    asking: Asking | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

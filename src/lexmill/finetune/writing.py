@@ -123,9 +123,7 @@ def answers_of(row: Row, asking: Asking) -> tuple[str, ...]:
 
 def prompt_text(asking: Asking, fields: Mapping[str, str]) -> str:
     """The instruction with a row in it. Braces in the row stay what they are."""
-    return re.sub(
-        r"\{(\w+)\}", lambda found: fields.get(found[1], found[0]), asking.instruction
-    )
+    return re.sub(r"\{(\w+)\}", lambda found: fields.get(found[1], found[0]), asking.instruction)
 
 
 def prompt_ids(
