@@ -50,7 +50,13 @@ def make_lesson(
 
 def task_data(config: FinetuneConfig, data: Path, validation: Path | None = None) -> TaskData:
     """Where the rows of a run come from."""
-    return TaskData(path=data, held_out=validation, fraction=config.validation_fraction, seed=config.seed)
+    return TaskData(
+        path=data,
+        held_out=validation,
+        fraction=config.validation_fraction,
+        seed=config.seed,
+        settings=config,
+    )
 
 
 def finetune(
@@ -83,7 +89,8 @@ def finetune(
     if not processes.first:
         progress = SILENT
     lesson = make_lesson(config, base, data, validation)
-    progress.say(f"  {lesson.told}")
+    form = task_data(config, data).form
+    progress.say(f"  {lesson.told}" + (f", rows of the form '{form}'" if form else ""))
     model, adapter = _build(config, base, progress)
     rows = {
         "rows": config.rows,
