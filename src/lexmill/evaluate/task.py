@@ -9,15 +9,17 @@ from pathlib import Path
 from lexmill.config import suggest
 from lexmill.data.forms import read_rows
 from lexmill.data.labelled import Conversation, Question, Row, TextPair
-from lexmill.errors import ConfigError, DataError
+from lexmill.errors import ConfigError
 from lexmill.evaluate.chat import chat_scores
 from lexmill.evaluate.scores import ScoreConfig, Scoring, TaskScores, Writer
 from lexmill.evaluate.writing import summary_scores, translation_scores, written_answer_scores
 from lexmill.inference.language_model import LanguageModel
 from lexmill.progress import SILENT, Progress
 
+TaskScorer = Callable[[LanguageModel, Scoring], TaskScores]
+
 # A new task: a file with a function that scores it; its name here, with the kind of row that it takes.
-SCORERS: dict[str, tuple[type[Row], Callable[[LanguageModel, Scoring], TaskScores]]] = {
+SCORERS: dict[str, tuple[type[Row], TaskScorer]] = {
     "chat": (Conversation, chat_scores),
     "qa": (Question, written_answer_scores),
     "summarise": (TextPair, summary_scores),
@@ -43,17 +45,18 @@ def score_task(
         DataError: no rows, or rows that the task does not take.
         ModelError: a model that cannot do the task.
     """
+    kind, scorer = find_scorer(task)
     config = config or ScoreConfig()
-    rows = list(itertools.islice(read_rows(data), config.limit))
-    return score_rows(task, model, Scoring(rows, config, progress, write))
+    rows = list(itertools.islice(read_rows(data, config, kind), config.limit))
+    return scorer(model, Scoring(rows, config, progress, write))
 
 
-def score_rows(task: str, model: LanguageModel, scoring: Scoring) -> TaskScores:
-    """The same for rows that are at hand."""
+def find_scorer(task: str) -> tuple[type[Row], TaskScorer]:
+    """The kind of row that a task takes, and what scores it.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
     if task not in SCORERS:
         raise ConfigError(f"There is no task '{task}'.", suggest(task, SCORERS))
-    kind, scorer = SCORERS[task]
-    for row in scoring.rows:
-        if not isinstance(row, kind):
-            raise DataError(f"{row.origin}: this row is no {kind.__name__}, which the task '{task}' needs.")
-    return scorer(model, scoring)
+    return SCORERS[task]

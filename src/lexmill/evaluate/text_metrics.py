@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def bleu(
     chinese = in_characters([text for right in references for text in right])
     found, signatures = {}, {}
     for name, metric in (("bleu", BLEU(tokenize="zh" if chinese else "13a")), ("chrf", CHRF())):
-        found[name] = round(float(metric.corpus_score(list(given), columns).score), 4)
+        found[name] = round(float(metric.corpus_score(list(given), cast(Any, columns)).score), 4)
         signatures[f"{name}_signature"] = str(metric.get_signature())
     return found, signatures
 

@@ -166,7 +166,7 @@ def fitting_prompts(
             f"{len(long):,} rows have more than the {max(room, 0):,} tokens that the model can read"
             f"{'' if shape.shape == 'encoder_decoder' else f' if it is to write {max_tokens:,}'}: "
             f"{', '.join(long[:_NAMED])}{more}.",
-            "Choose --too-long cut (shortens the source) or --too-long drop (leaves them out).",
+            "Set too_long=cut (shortens the source) or too_long=drop (leaves them out).",
         )
     return kept, prompts, cut
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lexmill.data.labelled import RowSettings
 from lexmill.errors import ConfigError
 from lexmill.model.adapter import LoraConfig
 from lexmill.model.config import ModelConfig
@@ -17,7 +18,7 @@ _METRIC_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainConfig):
+class FinetuneConfig(RowSettings, TrainConfig):
     """The `[finetune]` table of a recipe."""
 
     task: Literal["chat", "qa", "summarise", "translate"] = "chat"

@@ -35,6 +35,8 @@ __all__ = ["FinetuneConfig", "finetune", "make_lesson", "task_data"]
 
 # (model, tokenizer, question) -> the reply
 Replier = Callable[[nn.Module, Tokenizer, str], str]
+# (model) -> figures of the task by name, as they are on some validation rows
+Scorer = Callable[[nn.Module], dict[str, float]]
 
 # A new task: a file with a function that makes its lesson, its name here and in `FinetuneConfig.task`.
 TASKS: dict[str, TaskMaker] = {
@@ -58,7 +60,14 @@ def make_lesson(
 
 def task_data(config: FinetuneConfig, data: Path, validation: Path | None = None) -> TaskData:
     """Where the rows of a run come from."""
-    return TaskData(path=data, held_out=validation, fraction=config.validation_fraction, seed=config.seed)
+    return TaskData(
+        path=data,
+        held_out=validation,
+        fraction=config.validation_fraction,
+        seed=config.seed,
+        settings=config,
+        text=Path(config.text) if config.text else None,
+    )
 
 
 def finetune(
@@ -69,6 +78,7 @@ def finetune(
     *,
     validation: Path | None = None,
     reply: Replier | None = None,
+    score: Scorer | None = None,
     progress: Progress = SILENT,
 ) -> tuple[ModelDirectory | AdapterDirectory, TrainResult]:
     """Teach `base` a task. The same call goes on from its checkpoints.
@@ -77,7 +87,8 @@ def finetune(
         data: the folder that `prepare` wrote, or a file of rows.
         out: gets `model/`, or with `config.lora` the adapter's own files; and what training leaves.
         validation: a file of rows to measure on; else a part of the data.
-        reply: answers a question; called for each of `config.prompts` as training goes on.
+        reply: answers a question; called for each of `config.prompts` as training for chat goes on.
+        score: gives what `config.stop_metric` may name; called at each validation.
 
     Returns:
         The model, or with `config.lora` the adapter.
@@ -91,7 +102,8 @@ def finetune(
     if not processes.first:
         progress = SILENT
     lesson = make_lesson(config, base, data, validation)
-    progress.say(f"  {lesson.told}")
+    form = task_data(config, data).form
+    progress.say(f"  {lesson.told}" + (f", rows of the form '{form}'" if form else ""))
     model, adapter = _build(config, base, progress)
     rows = {
         "rows": config.rows,
@@ -103,7 +115,12 @@ def finetune(
     on_device = [batch.to(processes.device) for batch in held_out]
 
     def validate(model: nn.Module) -> dict[str, float]:
-        return measure(model, lesson.loss, on_device).figures("validation")
+        figures = measure(model, lesson.loss, on_device).figures("validation")
+        if score is not None:
+            model.eval()
+            figures |= {f"validation_{name}": value for name, value in score(model).items()}
+            model.train()
+        return figures
 
     def show_replies(model: nn.Module, step: int) -> None:
         if reply is None:
@@ -123,7 +140,7 @@ def finetune(
         label="fine-tuning",
         hooks=Hooks(
             validate=validate if on_device else None,
-            sample=show_replies if reply and base.config.shape == "decoder" else None,
+            sample=show_replies if reply and config.task == "chat" else None,
         ),
         progress=progress,
         processes=processes,

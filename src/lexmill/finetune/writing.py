@@ -78,9 +78,9 @@ def choose_asking(
         raise ModelError("This model is an encoder, which writes no text.", "Take a decoder or T5.")
     asking = _asked(task, lineage or {}) or Asking(instruction=INSTRUCTIONS[task][shape.shape == "decoder"])
     said = {"instruction": instruction, "no_answer": no_answer}
-    asking = replace(asking, **{name: value for name, value in said.items() if value})
     if separator is not None:
         asking = replace(asking, separator=separator)
+    asking = replace(asking, **{name: value for name, value in said.items() if value})  # type: ignore[arg-type]
     for name in FIELDS[kind]:
         if f"{{{name}}}" not in asking.instruction:
             raise ConfigError(
@@ -88,6 +88,20 @@ def choose_asking(
                 f'Put {{{name}}} where it belongs, as in "{INSTRUCTIONS[task][1]}".',
             )
     return asking
+
+
+def asking_of(config: FinetuneConfig, shape: ModelConfig, kind: type[Row]) -> Asking:
+    """How a run asks. Raises as `choose_asking`."""
+    asking = choose_asking(
+        config.task,
+        shape,
+        kind,
+        instruction=config.instruction,
+        separator=config.separator,
+        no_answer=config.no_answer,
+    )
+    two = shape.shape == "encoder_decoder"
+    return replace(asking, read=config.length(shape)) if two else asking
 
 
 def _asked(task: str, lineage: Mapping[str, Any]) -> Asking | None:
@@ -294,23 +308,14 @@ def writing_lesson(
         DataError: no rows, or some that do not fit.
         ModelError: a model that does not write.
     """
-    asking = choose_asking(
-        config.task,
-        model.config,
-        kind,
-        instruction=config.instruction,
-        separator=config.separator,
-        no_answer=config.no_answer,
-    )
+    asking = asking_of(config, model.config, kind)
     length = config.length(model.config)
     two = model.config.shape == "encoder_decoder"
-    if two:
-        asking = replace(asking, read=length)
-        if config.text_share:
-            raise ConfigError(
-                "'text_share' mixes in text to go on with, which an encoder–decoder does not do.",
-                "Leave it out, or fine-tune a decoder.",
-            )
+    if two and config.text_share:
+        raise ConfigError(
+            "'text_share' mixes in text to go on with, which an encoder–decoder does not do.",
+            "Leave it out, or fine-tune a decoder.",
+        )
     learned = fit_rows(data.rows(TRAIN, kind), asking, model, length, config.too_long)
     if not learned.prompts:
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -152,15 +153,18 @@ def _training_figures(result: Any) -> dict[str, Any]:
 
 def _finetune(place: Place) -> dict[str, Any]:
     from lexmill.devices import process_rank
-    from lexmill.finetune.stage import finetune
     from lexmill.model.adapter_files import AdapterDirectory
     from lexmill.model.directory import ModelDirectory
+    from lexmill.recipe.tuned import finetune_and_score
     from lexmill.runtimes.merge import merge_adapter
     from lexmill.train.processes import Processes
 
     base = ModelDirectory.open(place.run / "pretrain" / "model")
-    made, result = finetune(
-        place.recipe.table("finetune"),
+    config = place.recipe.table("finetune")
+    if config.task == "chat":  # the step "evaluate" does it, on more rows
+        config = dataclasses.replace(config, score=False)
+    made, result, scores = finetune_and_score(
+        config,
         base,
         place.run / "prepare",
         place.work / "finetune",
@@ -171,7 +175,7 @@ def _finetune(place: Place) -> dict[str, Any]:
         with Processes.join().first_alone():
             if not process_rank():
                 merge_adapter(made, place.work / "finetune" / "model", dtype="f32")
-    return _training_figures(result)
+    return _training_figures(result) | _flat(scores.get(config.task, {}), config.task)
 
 
 def trained_model(place: Place) -> Path:
