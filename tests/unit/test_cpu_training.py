@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lexmill.model import kernels, mlp, norms
 from lexmill.model.attend import attend
 from lexmill.model.build import build_model
+from lexmill.model.linear import linear
 from lexmill.model.norms import RMSNorm, add_norm
 from lexmill.model.positions import rotary_table, rotate
 from lexmill.model.scope import Record, Scope
@@ -250,6 +251,73 @@ def test_compiled_attention_keeps_what_torch_can_take_away():
     for _ in range(2):  # the graph may be kept
         twice.append(torch.autograd.grad(out.float().square().sum(), (q, k, v), retain_graph=True))
     assert all(torch.equal(one, other) for one, other in zip(*twice))
+
+
+@pytest.fixture
+def tiles():
+    """Compiled steps with AMX."""
+    some = kernels.KERNELS
+    if some is None or not some.finds_weight_gradients:
+        pytest.skip("this machine has no AMX, or the compiled steps were not built")
+    return some
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"),
+    [(1, 5, 3), (64, 32, 32), (100, 48, 70), (257, 33, 160), (700, 160, 33), (1024, 1, 97), (31, 96, 1)],
+)
+def test_gradients_of_weights(tiles, threads, rows, outputs, inputs):
+    torch.manual_seed(rows)
+    before = torch.get_num_threads()
+    # rows of a wider tensor, as parts of a joined product are
+    gradient = torch.randn(rows, outputs + 7).bfloat16()[:, 3 : outputs + 3]
+    x = torch.randn(rows, inputs).bfloat16()
+    torch.set_num_threads(threads)
+    try:
+        to_weight, to_bias = tiles.weight_gradient(gradient, x, biased=True)
+        assert tiles.weight_gradient(gradient, x, biased=False)[1] is None
+    finally:
+        torch.set_num_threads(before)
+    assert to_weight.dtype == to_bias.dtype == torch.float32
+    exact = gradient.double().mT @ x.double(), gradient.double().sum(0)
+    assert agree([to_weight.double(), to_bias.double()], exact, 1e-5)
+    once = tiles.weight_gradient(gradient, x, biased=True)
+    assert torch.equal(once[0], to_weight) and torch.equal(once[1], to_bias)  # whatever the number of threads
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("outputs", [(40,), (40, 24, 24)])
+def test_linear_layers_in_bfloat16(tiles, outputs, biased):
+    """Gradients in float32 that are nearer to the exact ones than torch's, which it rounds to bfloat16."""
+    torch.manual_seed(0)
+    # numbers that bfloat16 holds, so that nothing but the sums differ
+    x, *weights = (
+        torch.randn(*size).bfloat16().float() for size in ((2, 50, 72), *((n, 72) for n in outputs))
+    )
+    bias = torch.randn(sum(outputs)).bfloat16().float() if biased else None
+    down = torch.randn(2, 50, sum(outputs)).bfloat16()
+
+    def learn(function, dtype):
+        leaves = [
+            one.to(dtype).clone().requires_grad_() for one in (x, *weights, *([bias] if biased else ()))
+        ]
+        out = function(leaves[0], leaves[1 + len(weights)] if biased else None, *leaves[1 : 1 + len(weights)])
+        out.backward(down.to(out.dtype))
+        return [out.detach().double(), *(leaf.grad.double() for leaf in leaves)]
+
+    def plain(x, bias, *weights):
+        return F.linear(x, torch.cat(weights), bias)
+
+    exact = learn(plain, torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, torchs = learn(linear, torch.float32), learn(plain, torch.float32)
+        assert "_Linear" in type(linear(x, bias, *(w.requires_grad_() for w in weights)).grad_fn).__name__
+    assert agree(ours, exact, 0.01)
+    for one, other, goal in zip(ours[2:], torchs[2:], exact[2:]):
+        assert (one - goal).abs().max() < 0.1 * (other - goal).abs().max()
+    frozen = linear(x.requires_grad_(), bias, *(w.requires_grad_(False) for w in weights))
+    assert "_Linear" not in type(frozen.grad_fn).__name__  # no gradient of weights is wanted
 
 
 def test_rotation_and_its_gradient():

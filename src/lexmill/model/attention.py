@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexmill.model.attend import attend, attention_weights
 from lexmill.model.cache import LayerCache
 from lexmill.model.config import ModelConfig
+from lexmill.model.linear import Linear, linear
 from lexmill.model.norms import RMSNorm
 from lexmill.model.positions import rotate
 from lexmill.model.scope import Scope
@@ -21,10 +21,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         query, key = config.heads * config.head_width, config.kv_heads * config.head_width
-        self.q = nn.Linear(config.width, query, bias=config.qkv_bias)
-        self.k = nn.Linear(config.width, key, bias=config.qkv_bias)
-        self.v = nn.Linear(config.width, key, bias=config.qkv_bias)
-        self.out = nn.Linear(query, config.width, bias=config.out_bias)
+        self.q = Linear(config.width, query, bias=config.qkv_bias)
+        self.k = Linear(config.width, key, bias=config.qkv_bias)
+        self.v = Linear(config.width, key, bias=config.qkv_bias)
+        self.out = Linear(query, config.width, bias=config.out_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_width, config.norm_eps)
             self.k_norm = RMSNorm(config.head_width, config.norm_eps)
@@ -57,10 +57,9 @@ class Attention(nn.Module):
         """
         config = self.config
         parts = (self.q, self.k, self.v)
-        if all(type(part) is nn.Linear for part in parts):
-            weight = torch.cat([part.weight for part in parts])
+        if all(type(part) is Linear for part in parts):
             bias = torch.cat([part.bias for part in parts]) if config.qkv_bias else None
-            joined = F.linear(x, weight, bias)
+            joined = linear(x, bias, *(part.weight for part in parts))
         else:  # adapted or quantised layers
             joined = torch.cat([part(x) for part in parts], -1)
         qkv = joined.unflatten(-1, (-1, config.head_width))

@@ -68,6 +68,9 @@ _STRUCTS = {
         "scale",
     ),
 }
+_STRUCTS["weight_gradient"] = _struct(
+    "WeightGradient", "rows outputs inputs gradient_row x_row", "gradient x to_weight to_bias"
+)
 _STRUCTS["attention_back"] = _struct(
     "AttentionBack",
     _strides("gradient", "to_q", "to_k", "to_v"),
@@ -89,6 +92,11 @@ class Kernels:
     def attends(self) -> bool:
         """Whether there is compiled attention."""
         return self.instruction_set in ("avx512_bf16", "amx")
+
+    @property
+    def finds_weight_gradients(self) -> bool:
+        """Whether there is `weight_gradient`."""
+        return self.instruction_set == "amx"
 
     def _run(self, name: str, *values: Any) -> None:
         self._call(name, _STRUCTS[name](*values))
@@ -257,6 +265,20 @@ class Kernels:
             _address(to_bias),
         )
         return to_q, to_k, to_v, to_bias
+
+    def weight_gradient(self, gradient: Tensor, x: Tensor, *, biased: bool) -> tuple[Tensor, Tensor | None]:
+        """The gradients, in float32, of a linear layer's weight, (outputs, inputs), and bias, (outputs,).
+
+        Args:
+            gradient: (rows, outputs), bfloat16, the last axis dense.
+            x: (rows, inputs), likewise.
+        """
+        rows, outputs, inputs = *gradient.shape, x.shape[1]
+        to_weight, to_bias = torch.empty(outputs, inputs), torch.empty(outputs) if biased else None
+        sizes = rows, outputs, inputs, gradient.stride(0), x.stride(0)
+        addresses = *_addresses(gradient, x, dense=False), *map(_address, (to_weight, to_bias))
+        self._run("weight_gradient", *sizes, *addresses)
+        return to_weight, to_bias
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
         """The cross-entropy of each row, (rows,) in nats; the logits become their gradient.
