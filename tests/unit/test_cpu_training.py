@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lexmill.model import kernels, mlp, norms
-from lexmill.model.attend import attend
+from lexmill.model.attend import attend, attend_joined
 from lexmill.model.build import build_model
 from lexmill.model.linear import linear
 from lexmill.model.norms import RMSNorm, add_norm
@@ -251,6 +251,42 @@ def test_compiled_attention_keeps_what_torch_can_take_away():
     for _ in range(2):  # the graph may be kept
         twice.append(torch.autograd.grad(out.float().square().sum(), (q, k, v), retain_graph=True))
     assert all(torch.equal(one, other) for one, other in zip(*twice))
+
+
+@pytest.mark.parametrize("sees", ["all", "causal", "documents"])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("time", "width", "heads", "kv_heads"), [(64, 64, 2, 2), (33, 24, 4, 2), (5, 2, 1, 1)]
+)
+def test_attention_of_what_lies_side_by_side(sees, turned, biased, time, width, heads, kv_heads):
+    """The same bits as in parts, and gradients in one tensor."""
+    if kernels.KERNELS is None or not kernels.KERNELS.attends:
+        pytest.skip("this machine has no compiled attention")
+    torch.manual_seed(time)
+    start = torch.randn(2, time, (heads + 2 * kv_heads) * width).bfloat16()
+    table = rotary_table(torch.arange(time)[None], width, 100.0) if turned else None
+    document = torch.arange(time) // 7
+    mask = (document[:, None] == document[None, :])[None, None] if sees == "documents" else None
+    down = torch.randn(2, time, heads * width).bfloat16()
+    found = []
+    for whole in (True, False):
+        leaf = start.clone().requires_grad_()
+        bias = torch.randn(1, heads, time, time, generator=torch.Generator().manual_seed(0))
+        scope = Scope(mask, sees == "causal", table, bias.requires_grad_() if biased else None)
+        joined = leaf * 1
+        if whole:
+            out = attend_joined(joined, (heads, kv_heads), scope, 0.3)
+        else:
+            q, k, v = joined.unflatten(-1, (-1, width)).split([heads, kv_heads, kv_heads], dim=2)
+            if turned:
+                q, k = rotate(q, table), rotate(k, table)
+            out = attend(*(part.transpose(1, 2) for part in (q, k, v)), scope, 0.3).transpose(1, 2).flatten(2)
+        out.backward(down)
+        found.append([out.detach(), leaf.grad, *([bias.grad] if biased else [])])
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+    assert attend_joined(start, (heads, kv_heads), scope, 0.3) is None  # no gradient is wanted
+    assert attend_joined(start.float().requires_grad_() * 1, (heads, kv_heads), scope, 0.3) is None
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ class Kernels:
         return to_gate, to_up
 
     def rotate(self, x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
-        """Turn each pair (i, i + D/2) of the last axis into `out`, forward (sign 1) or back (-1).
+        """Turn each pair (i, i + D/2) of the last axis into `out`, which may be x, forward (sign 1) or back (-1).
 
         Args:
             x, out: (batch, time, heads, D), the last axis dense.
@@ -247,14 +248,16 @@ class Kernels:
         bias: Tensor | None = None,
         causal: bool = False,
         with_bias: bool = False,
+        into: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The gradients of q, k, v, and with `with_bias` of the bias.
 
         Args:
             out, log_sums: as `attention` gave them; the others as it got them.
             gradient: of the result, the last axis dense.
+            into: where those of q, k and v shall lie, the last axis dense; in new tensors when not given.
         """
-        to_q, to_k, to_v = (_heads_last(tensor) for tensor in (q, k, v))
+        to_q, to_k, to_v = into or [_heads_last(tensor) for tensor in (q, k, v)]
         to_bias = torch.empty_like(bias) if bias is not None and with_bias else None
         tensors = gradient, to_q, to_k, to_v
         self._run(
