@@ -17,7 +17,8 @@ def evaluate(
     ] = None,
     base: Annotated[Path | None, typer.Option("--base", help="Another model to compare with.")] = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="Score this task on the rows of --data: chat.")
+        str | None,
+        typer.Option("--task", help="Score this task on the rows of --data: chat, classify, qa, embed."),
     ] = None,
     data: Annotated[
         Path | None,
@@ -32,6 +33,9 @@ def evaluate(
             "--predictions", help="Write what the model gave for each row here (JSONL).", show_default=False
         ),
     ] = None,
+    language: Annotated[
+        str, typer.Option("--language", help="Of answers: en is scored as SQuAD, zh as CMRC 2018.")
+    ] = "auto",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -53,7 +57,7 @@ def evaluate(
     from lexmill.inference.language_model import load
 
     assert task is not None and data is not None
-    config = ScoreConfig(limit=limit, beams=beams, max_tokens=max_tokens)
+    config = ScoreConfig(limit=limit, beams=beams, max_tokens=max_tokens, language=language)
     named = {"model": model} | ({"base": base} if base else {})
     progress = make_progress(quiet or json)
     found = {name: score_task(task, load(path), data, config, progress) for name, path in named.items()}

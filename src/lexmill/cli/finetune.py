@@ -23,7 +23,7 @@ from lexmill.cli.options import (
 
 def finetune(
     model: Model,
-    task: Annotated[str, typer.Option("--task", help="What to learn: chat.")] = "chat",
+    task: Annotated[str, typer.Option("--task", help="What to learn: chat, classify, qa, embed.")] = "chat",
     data: Annotated[
         Path | None,
         typer.Option(
@@ -57,6 +57,7 @@ def finetune(
     from lexmill.config import apply_overrides, from_mapping
     from lexmill.devices import process_rank
     from lexmill.errors import ConfigError
+    from lexmill.evaluate.tuning import tune
     from lexmill.finetune.stage import FinetuneConfig
     from lexmill.finetune.stage import finetune as run_finetune
     from lexmill.inference.language_model import find_model
@@ -82,6 +83,7 @@ def finetune(
         out,
         validation=validation,
         reply=answer_question,
+        tune=tune,
         progress=make_progress(quiet or json),
     )
     if process_rank():

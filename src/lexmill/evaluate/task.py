@@ -8,9 +8,12 @@ from pathlib import Path
 
 from lexmill.config import suggest
 from lexmill.data.forms import read_rows
-from lexmill.data.labelled import Conversation, Row
+from lexmill.data.labelled import Conversation, LabelledText, Match, Question, Row
 from lexmill.errors import ConfigError, DataError
 from lexmill.evaluate.chat import chat_scores
+from lexmill.evaluate.classify import classify_scores
+from lexmill.evaluate.embed import embed_scores
+from lexmill.evaluate.qa import extractive_scores
 from lexmill.evaluate.scores import ScoreConfig, Scoring, TaskScores
 from lexmill.inference.language_model import LanguageModel
 from lexmill.progress import SILENT, Progress
@@ -18,6 +21,9 @@ from lexmill.progress import SILENT, Progress
 # A new task: a file with a function that scores it; its name here, with the kind of row that it takes.
 SCORERS: dict[str, tuple[type[Row], Callable[[LanguageModel, Scoring], TaskScores]]] = {
     "chat": (Conversation, chat_scores),
+    "classify": (LabelledText, classify_scores),
+    "qa": (Question, extractive_scores),
+    "embed": (Match, embed_scores),
 }
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lexmill.data.labelled import Row
 from lexmill.files import write_json
 from lexmill.finetune.chat import chat_lesson
+from lexmill.finetune.classify import classify_lesson
 from lexmill.finetune.config import FinetuneConfig
+from lexmill.finetune.embed import embed_lesson
+from lexmill.finetune.extractive import extractive_lesson
 from lexmill.finetune.lesson import Lesson, TaskMaker
 from lexmill.finetune.rows import TaskData
 from lexmill.model.adapter import Adapter
 from lexmill.model.adapter_files import AdapterDirectory, write_adapter
 from lexmill.model.build import build_model
 from lexmill.model.directory import ModelDirectory, write_model_directory
+from lexmill.model.heads import head_modules
 from lexmill.model.lora import add_adapter, begin_adapter, read_adapter
 from lexmill.model.quantised import build_quantised
 from lexmill.model.transformer import Transformer
@@ -33,8 +39,16 @@ __all__ = ["FinetuneConfig", "finetune", "make_lesson", "task_data"]
 # (model, tokenizer, question) -> the reply
 Replier = Callable[[nn.Module, Tokenizer, str], str]
 
+# (task, model, tokenizer, what its lesson fitted, held-out rows) -> the same, tuned on the task's own score
+Tuner = Callable[[str, nn.Module, Tokenizer, dict[str, Any], Sequence[Row]], dict[str, Any]]
+
 # A new task: a file with a function that makes its lesson, its name here and in `FinetuneConfig.task`.
-TASKS: dict[str, TaskMaker] = {"chat": chat_lesson}
+TASKS: dict[str, TaskMaker] = {
+    "chat": chat_lesson,
+    "classify": classify_lesson,
+    "qa": extractive_lesson,
+    "embed": embed_lesson,
+}
 
 
 def make_lesson(
@@ -61,6 +75,7 @@ def finetune(
     *,
     validation: Path | None = None,
     reply: Replier | None = None,
+    tune: Tuner | None = None,
     progress: Progress = SILENT,
 ) -> tuple[ModelDirectory | AdapterDirectory, TrainResult]:
     """Teach `base` a task. The same call goes on from its checkpoints.
@@ -70,6 +85,7 @@ def finetune(
         out: gets `model/`, or with `config.lora` the adapter's own files; and what training leaves.
         validation: a file of rows to measure on; else a part of the data.
         reply: answers a question; called for each of `config.prompts` as training goes on.
+        tune: chooses on held-out rows what a task leaves open (`lexmill.evaluate.tuning.tune`).
 
     Returns:
         The model, or with `config.lora` the adapter.
@@ -83,6 +99,7 @@ def finetune(
     if not processes.first:
         progress = SILENT
     lesson = make_lesson(config, base, data, validation)
+    base = lesson.base or base
     progress.say(f"  {lesson.told}")
     model, adapter = _build(config, base, progress)
     rows = {
@@ -95,7 +112,8 @@ def finetune(
     on_device = [batch.to(processes.device) for batch in held_out]
 
     def validate(model: nn.Module) -> dict[str, float]:
-        return measure(model, lesson.loss, on_device).figures("validation")
+        figures = measure(model, lesson.loss, on_device).figures("validation")
+        return {name.replace("tokens", lesson.targets): value for name, value in figures.items()}
 
     def show_replies(model: nn.Module, step: int) -> None:
         if reply is None:
@@ -127,7 +145,17 @@ def finetune(
         "tokens": result.tokens,
         **lesson.facts,
     }
-    return _finished(model, adapter, base, out, processes, history, result), result
+    fitted: dict[str, Any] = {}
+    if lesson.after and not _is_spread(config, processes):
+        fitted = lesson.after(model)
+        if tune and lesson.held_out:
+            fitted = tune(config.task, model, base.tokenizer, fitted, lesson.held_out)
+    return _finished(model, adapter, base, out, processes, history, fitted, result), result
+
+
+def _is_spread(config: FinetuneConfig, processes: Processes) -> bool:
+    """Whether no process has the whole model, so that nothing can be fitted with it."""
+    return processes.world > 1 and config.sharding == "shard"
 
 
 def _build(
@@ -135,6 +163,9 @@ def _build(
 ) -> tuple[Transformer, Adapter | None]:
     """The model as it learns: all of it, or frozen with an adapter in it."""
     lora = config.lora
+    if lora is not None and base.config.shape == "encoder":  # as PEFT does: a task's head is trained in full
+        saved = dict.fromkeys((*lora.modules_to_save, *head_modules(base)))
+        lora = replace(lora, modules_to_save=tuple(saved))
     if lora is not None and lora.quantise:
         model, whole = build_quantised(base.config, base.weights_on_demand(), lora.quantise)
         if whole:
@@ -161,10 +192,12 @@ def _finished(
     out: Path,
     processes: Processes,
     history: dict[str, Any],
+    fitted: dict[str, Any],
     result: TrainResult,
 ) -> ModelDirectory | AdapterDirectory:
     """Write what was learned, and open it."""
-    lineage = {**base.lineage, "history": [*base.lineage.get("history", []), history]}
+    kept = {name: value for name, value in base.lineage.items() if name != "calibration"}
+    lineage = {**kept, **fitted, "history": [*base.lineage.get("history", []), history]}
     learned = read_adapter(model, adapter) if adapter is not None else None
     weights = model.weights() if learned is None else {}
     with processes.first_alone():
@@ -172,7 +205,9 @@ def _finished(
             if learned is not None:
                 write_adapter(out, learned, base, lineage)
             else:
-                write_model_directory(out / "model", base.config, weights, base.tokenizer, lineage)
+                write_model_directory(
+                    out / "model", base.config, weights, base.tokenizer, lineage, pooling=base.pooling
+                )
             write_json(out / "result.json", vars(result))
     if learned is not None:
         return AdapterDirectory.open(out, base)

@@ -168,7 +168,7 @@ class ModelConfig:
             raise ConfigError("'labels' names a label twice.")
         if self.label_pooling not in ("cls", "mean"):
             raise ConfigError(f"There is no 'label_pooling' {self.label_pooling!r}.", "Take cls or mean.")
-        if self.positions == "learned" and (self.labels and not self.pooler or self.span and self.pooler):
+        if self.positions == "learned" and ((self.labels and not self.pooler) or (self.span and self.pooler)):
             raise ConfigError("In BERT's shape 'labels' stands on the pooler, and 'span' has none.")
 
     def _check_family(self) -> None:

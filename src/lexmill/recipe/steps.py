@@ -152,6 +152,7 @@ def _training_figures(result: Any) -> dict[str, Any]:
 
 def _finetune(place: Place) -> dict[str, Any]:
     from lexmill.devices import process_rank
+    from lexmill.evaluate.tuning import tune
     from lexmill.finetune.stage import finetune
     from lexmill.model.adapter_files import AdapterDirectory
     from lexmill.model.directory import ModelDirectory
@@ -165,6 +166,7 @@ def _finetune(place: Place) -> dict[str, Any]:
         place.run / "prepare",
         place.work / "finetune",
         reply=answer_question,
+        tune=tune,
         progress=place.progress,
     )
     if isinstance(made, AdapterDirectory):  # the steps that follow take a whole model
