@@ -24,8 +24,8 @@ def classify(
 ) -> None:
     """The labels of texts, or of pairs of texts, with their probabilities."""
     begin_computing()
-    from lexmill.errors import ConfigError
     from lexmill.data.decoding import read_text
+    from lexmill.errors import ConfigError
     from lexmill.inference.language_model import load
 
     asked = list(texts or [])

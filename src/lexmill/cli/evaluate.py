@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lexmill.cli.options import Json, Model, Quiet, begin_computing, make_progress, print_json
+from lexmill.cli.options import Form, Json, Model, Quiet, Set, begin_computing, make_progress, print_json
 
 
 def evaluate(
@@ -24,6 +24,7 @@ def evaluate(
         Path | None,
         typer.Option("--data", help="A file of rows, all of which are scored.", show_default=False),
     ] = None,
+    form: Form = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows at most.")] = None,
     beams: Annotated[int, typer.Option("--beams", min=1, help="Above 1: beam search.")] = 1,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of what is written.")] = 256,
@@ -36,6 +37,7 @@ def evaluate(
     language: Annotated[
         str, typer.Option("--language", help="Of answers: en is scored as SQuAD, zh as CMRC 2018.")
     ] = "auto",
+    overrides: Set = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -51,13 +53,15 @@ def evaluate(
     if documents is not None:
         _on_documents(model, documents, base, json, quiet)
         return
+    from lexmill.config import apply_overrides, from_mapping
     from lexmill.evaluate.scores import ScoreConfig
     from lexmill.evaluate.task import score_task
     from lexmill.files import write_jsonl
     from lexmill.inference.language_model import load
 
     assert task is not None and data is not None
-    config = ScoreConfig(limit=limit, beams=beams, max_tokens=max_tokens, language=language)
+    table = {"limit": limit, "beams": beams, "max_tokens": max_tokens, "language": language, "form": form}
+    config = from_mapping(ScoreConfig, apply_overrides(table, overrides or ()), "evaluate")
     named = {"model": model} | ({"base": base} if base else {})
     progress = make_progress(quiet or json)
     found = {name: score_task(task, load(path), data, config, progress) for name, path in named.items()}

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lexmill.cli.options import (
+    Form,
     Json,
     Model,
     OutOrNone,
@@ -28,11 +29,12 @@ def finetune(
         Path | None,
         typer.Option(
             "--data",
-            help="A file of rows (JSONL, CSV or Parquet), or the folder that 'lexmill prepare' wrote.",
+            help="A file of rows (JSONL, JSON, CSV, TSV, Parquet), or the folder that 'lexmill prepare' wrote.",
             show_default=False,
         ),
     ] = None,
     out: OutOrNone = None,
+    form: Form = None,
     validation: Annotated[
         Path | None,
         typer.Option(
@@ -52,6 +54,7 @@ def finetune(
 
     For chat each row has "messages", and the loss is on the replies only. Every setting of a recipe's
     [finetune] table can be given: --set rows=8 --set lora.rank=32 --set lora.quantise=q4_1
+    Columns of other names: --set columns.text=review
     """
     begin_computing()
     from lexmill.config import apply_overrides, from_mapping
@@ -64,7 +67,7 @@ def finetune(
     from lexmill.model.directory import ModelDirectory
     from lexmill.recipe.steps import answer_question
 
-    table: dict[str, Any] = {"steps": steps, "minutes": minutes}
+    table: dict[str, Any] = {"steps": steps, "minutes": minutes, "form": form}
     table = {name: value for name, value in table.items() if value is not None}
     table = apply_overrides({"task": task, **table, **({"lora": {}} if lora else {})}, overrides or ())
     config = from_mapping(FinetuneConfig, table, "finetune")

@@ -32,6 +32,10 @@ Model = Annotated[Path, typer.Argument(help="A model directory or a run director
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may repeat.")
 ]
+Form = Annotated[
+    str | None,
+    typer.Option("--form", help="What the rows look like; recognised by the first ones.", show_default=False),
+]
 
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="At most so many new tokens.", min=0)]
 Temperature = Annotated[

@@ -51,7 +51,7 @@ def raw_suffix(path: Path) -> str:
     return path.suffix.lower()
 
 
-_ROWS = (".jsonl", ".ndjson", ".csv", ".tsv")
+_ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
 
 def read_bytes(path: Path) -> bytes:

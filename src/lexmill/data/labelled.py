@@ -3,9 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
+# "role" and "content"; an assistant's message with "weight": "0" is not to be learned
 Message = Mapping[str, str]
+
+FormName = Literal[
+    "messages",
+    "alpaca",
+    "sharegpt",
+    "prompt-completion",
+    "squad",
+    "source-target",
+    "text-label",
+    "chosen-rejected",
+    "query-positive",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """What the columns of a form are called in a file, where they are not called so: `text = "review"`."""
+
+    messages: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+    system: str | None = None
+    history: str | None = None
+    conversations: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    id: str | None = None
+    question: str | None = None
+    context: str | None = None
+    answers: str | None = None
+    source: str | None = None
+    target: str | None = None
+    text: str | None = None
+    second: str | None = None
+    label: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    query: str | None = None
+    positive: str | None = None
+    negatives: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """How the rows of a file are to be read; part of the settings of fine-tuning and of scoring."""
+
+    form: FormName | None = None  # recognised by the first rows when not given
+    columns: Columns = field(default_factory=Columns)
+    # an answer that does not stand where "answer_start" says: "mend" looks for the nearest place where it does
+    wrong_starts: Literal["refuse", "mend"] = "refuse"
+    bad_rows: Literal["refuse", "skip"] = "refuse"  # rows that cannot be used: an error, or left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +82,8 @@ class Question(Row):
 
     Attributes:
         answers: all that count as right; none where the context does not answer.
-        starts: where each begins in `context`, in characters.
+        starts: where each begins in `context`, in characters; -1 where it does not stand there at all
+            (with `wrong_starts = "mend"` only).
         id: the question's own.
     """
 
@@ -72,3 +127,14 @@ class Match(Row):
     query: str
     positive: str
     negatives: tuple[str, ...] = ()
+
+
+# what a task asks for, as an error says it
+KINDS: dict[type[Row], str] = {
+    Conversation: "conversations",
+    Question: "questions about a context",
+    TextPair: "pairs of source and target",
+    LabelledText: "texts with a label",
+    Preference: "chosen and rejected replies",
+    Match: "queries with a text that belongs to them",
+}

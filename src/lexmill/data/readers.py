@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from lexmill.config import suggest
-from lexmill.data.decoding import raw_suffix, read_bytes, read_lines, read_text
-from lexmill.data.documents import read_parquet_batches
+from lexmill.data.decoding import raw_suffix, read_bytes, read_text
 from lexmill.data.folders import find_inputs
 from lexmill.data.markup import html_to_text, markdown_to_text
+from lexmill.data.tables import read_table
 from lexmill.errors import DataError
 from lexmill.messages import check_messages, kind_of
 
 __all__ = ["RawDocument", "find_inputs", "read_raw"]
 
-FIELD_LIMIT = 64 << 20  # characters in a CSV field; Python's own limit of 131,072 is less than a book
 ROW_NEEDS = 'Each row needs "text" or "messages".'
 
 
@@ -58,16 +56,17 @@ def read_raw(
         FormatError: a damaged Parquet file.
     """
     path = Path(path)
+    rows = partial(_read_rows, column=column)
     readers: dict[str, Callable[[Path], Iterator[RawDocument]]] = {
         ".txt": _read_plain,
         ".md": _read_markdown,
         ".html": _read_html,
         ".htm": _read_html,
-        ".jsonl": partial(_read_jsonl, column=column),
-        ".ndjson": partial(_read_jsonl, column=column),
-        ".csv": partial(_read_csv, column=column),
-        ".tsv": partial(_read_csv, column=column),
-        ".parquet": partial(_read_parquet, column=column),
+        ".jsonl": rows,
+        ".ndjson": rows,
+        ".csv": rows,
+        ".tsv": rows,
+        ".parquet": rows,
     }
     reader = readers.get(raw_suffix(path))
     if reader is None:
@@ -151,66 +150,17 @@ def _read_html(path: Path) -> Iterator[RawDocument]:
     yield RawDocument(text=text, meta={"title": title} if title else {})
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[RawDocument]:
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, row {number:,}"
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number:,}: broken JSON at column {error.colno:,}: {error.msg}.",
-                'Each line is one JSON object, such as {"text": "..."}.',
-            ) from error
-        except (
-            RecursionError,
-            ValueError,
-        ) as error:  # nested too deeply, or an integer of thousands of digits
-            raise DataError(f"{path}, line {number:,}: this JSON cannot be read ({error}).") from error
-        if not isinstance(values, dict):
-            raise DataError(f"{where}: it is {kind_of(values)}, not an object.", ROW_NEEDS)
-        yield _row_document(_named_text(values, column), where, number)
+def _read_rows(path: Path, column: str) -> Iterator[RawDocument]:
+    def check(header: list[str], where: str) -> None:
+        if column not in header and "messages" not in header:
+            raise _no_column(where, header, column)
 
-
-def _read_csv(path: Path, column: str) -> Iterator[RawDocument]:
-    if csv.field_size_limit() < FIELD_LIMIT:
-        csv.field_size_limit(FIELD_LIMIT)
-    delimiter = "\t" if raw_suffix(path) == ".tsv" else ","
-    rows = csv.reader(read_lines(path), delimiter=delimiter, strict=True)
-    try:
-        header = next((row for row in rows if any(cell.strip() for cell in row)), None)
-        if header is None:
-            raise DataError(f"{path}: this file holds only white space.", "Remove it, or put rows into it.")
-        header = [name.strip() for name in header]
-        _check_header(header, path, column)
-        number = 0
-        for cells in rows:
-            if not cells:
-                continue
-            number += 1
-            if len(cells) != len(header):
-                raise DataError(
-                    f"{path}, line {rows.line_num:,}: this row has {len(cells):,} fields, but the header has "
-                    f"{len(header):,}.",
-                    'Fields that contain the separator or a line end stand in double quotes ("...").',
-                )
-            where = f"{path}, line {rows.line_num:,}"
-            values = _named_text(_csv_values(header, cells, where), column)
-            yield _row_document(values, where, number)
-    except csv.Error as error:
-        raise DataError(
-            f"{path}, line {rows.line_num:,}: broken CSV: {error}.",
-            'A quote inside a quoted field is written twice (""), and every quoted field is closed.',
-        ) from error
-
-
-def _check_header(header: list[str], path: Path, column: str) -> None:
-    twice = next((name for name in header if header.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f'{path}, line 1: two columns are named "{twice}".', "Rename or remove one of them.")
-    if column not in header and "messages" not in header:
-        raise _no_column(f"{path}, line 1", header, column)
+    text_cells = raw_suffix(path) in (".csv", ".tsv")
+    for raw in read_table(path, header=check):
+        values = _named_text(raw.values, column)
+        if text_cells:
+            values = _unpacked(values, raw.where)
+        yield _row_document(values, raw.where, raw.row)
 
 
 def _no_column(where: str, header: Collection[str], column: str) -> DataError:
@@ -230,23 +180,12 @@ def _named_text(values: Mapping[str, Any], column: str) -> Mapping[str, Any]:
     return {**{key: value for key, value in values.items() if key != column}, "text": values[column]}
 
 
-def _csv_values(header: list[str], cells: list[str], where: str) -> dict[str, Any]:
-    values: dict[str, Any] = dict(zip(header, cells, strict=True))
+def _unpacked(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The row with the messages that a CSV cell holds as JSON."""
     cell = values.get("messages")
-    if cell is not None:
-        try:
-            values["messages"] = json.loads(cell) if cell.strip() else None
-        except ValueError as error:
-            raise DataError(f'{where}: field "messages" is not JSON ({error}).', ROW_NEEDS) from error
-    return values
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[RawDocument]:
-    number = 0
-    for batch in read_parquet_batches(path):
-        for values in batch:
-            number += 1
-            where = f"{path}, row {number:,}"
-            if column not in values and "messages" not in values:
-                raise _no_column(str(path), values, column)
-            yield _row_document(_named_text(values, column), where, number)
+    if cell is None:
+        return values
+    try:
+        return {**values, "messages": json.loads(cell) if cell.strip() else None}
+    except ValueError as error:
+        raise DataError(f'{where}: field "messages" is not JSON ({error}).', ROW_NEEDS) from error

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lexmill.data.labelled import Row
+from lexmill.data.labelled import Row, RowSettings
 from lexmill.errors import ConfigError
 from lexmill.progress import SILENT, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """How a model is asked."""
+class ScoreConfig(RowSettings):
+    """How a model is asked, and how the rows are read."""
 
     limit: int | None = None  # rows at most, the first ones
     max_tokens: int = 256  # of what is written

@@ -9,7 +9,7 @@ from pathlib import Path
 from lexmill.config import suggest
 from lexmill.data.forms import read_rows
 from lexmill.data.labelled import Conversation, LabelledText, Match, Question, Row
-from lexmill.errors import ConfigError, DataError
+from lexmill.errors import ConfigError
 from lexmill.evaluate.chat import chat_scores
 from lexmill.evaluate.classify import classify_scores
 from lexmill.evaluate.embed import embed_scores
@@ -45,8 +45,5 @@ def score_task(
         raise ConfigError(f"There is no task '{task}'.", suggest(task, SCORERS))
     kind, scorer = SCORERS[task]
     config = config or ScoreConfig()
-    rows = list(itertools.islice(read_rows(data), config.limit))
-    for row in rows:
-        if not isinstance(row, kind):
-            raise DataError(f"{row.origin}: this row is no {kind.__name__}, which the task '{task}' needs.")
+    rows = list(itertools.islice(read_rows(data, config, kind), config.limit))
     return scorer(model, Scoring(rows, config, progress))

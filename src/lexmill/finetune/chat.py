@@ -66,7 +66,8 @@ def chat_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskData) -
 def chat_example(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> Example:
     """One conversation as the model will see it, by the model's own chat template.
 
-    Targets are each assistant turn and the token that ends it, so that the model learns to stop.
+    Targets are each assistant turn and the token that ends it, so that the model learns to stop; but not
+    turns of "weight" 0.
     The whole text is encoded at once: ids are those of generation, not of glued pieces.
 
     Raises:
@@ -75,7 +76,7 @@ def chat_example(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) ->
     text = tokenizer.render_chat(messages, add_generation_prompt=False)
     spans = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or message.get("weight") == "0":
             continue
         opening = tokenizer.render_chat(messages[:index], add_generation_prompt=True) if index else ""
         closing = tokenizer.render_chat(messages[: index + 1], add_generation_prompt=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lexmill.data.labelled import RowSettings
 from lexmill.errors import ConfigError
 from lexmill.model.adapter import LoraConfig
 from lexmill.model.config import ModelConfig
@@ -16,7 +17,7 @@ _LONGEST_ROW = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainConfig):
+class FinetuneConfig(RowSettings, TrainConfig):
     """The `[finetune]` table of a recipe."""
 
     task: Literal["chat", "classify", "qa", "embed"] = "chat"

@@ -47,7 +47,13 @@ def plan_finetuning(
     length = config.length(shape)
     row, found = Row(length, length), None
     if data is not None and tokenizer is not None:
-        rows = TaskData(path=data, held_out=validation, fraction=config.validation_fraction, seed=config.seed)
+        rows = TaskData(
+            path=data,
+            held_out=validation,
+            fraction=config.validation_fraction,
+            seed=config.seed,
+            settings=config,
+        )
         row, found = _look_at(rows.rows(TRAIN, Conversation), tokenizer, config, length)
     lora = config.lora
     return forecast(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from lexmill.data.documents import read_documents
-from lexmill.data.forms import group_id, read_rows
-from lexmill.data.labelled import Conversation, Row
+from lexmill.data.forms import RowFile, group_id, read_rows
+from lexmill.data.labelled import KINDS, Conversation, Row, RowSettings
 from lexmill.data.splitting import assign_split
+from lexmill.data.tables import is_pair
 from lexmill.errors import DataError, FileError
 
 TRAIN, VALIDATION = "train", "validation"
@@ -26,12 +27,14 @@ class TaskData:
         held_out: another file, all of it validation; then all of `path` is for training.
         fraction: of a file's rows that are validation, where there is no `held_out`; which ones
             their content decides, whatever their order.
+        settings: how to read the rows of files.
     """
 
     path: Path
     held_out: Path | None = None
     fraction: float = 0.05
     seed: int = 0
+    settings: RowSettings = field(default_factory=RowSettings)
 
     def rows(self, split: str, kind: type[RowKind]) -> Iterator[RowKind]:
         """The rows of a split, "train" or "validation", in their order, read anew each time.
@@ -40,10 +43,21 @@ class TaskData:
             FileError: there is nothing at `path`.
             DataError: a row that cannot be used, or is of another kind; names file and row.
         """
-        for row in self._rows(split):
+        for row in self._rows(split, kind):
             if not isinstance(row, kind):
-                raise DataError(f"{row.origin}: this row is no {kind.__name__}.")
+                raise DataError(
+                    f"{row.origin}: a prepared folder holds no {KINDS[kind]}.", "Give a file of rows."
+                )
             yield row
+
+    @property
+    def form(self) -> str:
+        """The form of the rows, recognised by the first ones; "" of a prepared folder.
+
+        Raises:
+            FileError, DataError: the file cannot be read, or its form is not known.
+        """
+        return "" if self.path.is_dir() else RowFile(self.path, self.settings).recognise().name
 
     def texts(self, split: str) -> Iterator[str]:
         """Plain texts of a split of a prepared folder; a file of rows has none."""
@@ -52,8 +66,8 @@ class TaskData:
                 if document.kind == "text" and document.text:
                     yield document.text
 
-    def _rows(self, split: str) -> Iterator[Row]:
-        if not self.path.exists():
+    def _rows(self, split: str, kind: type[Row]) -> Iterator[Row]:
+        if not self.path.exists() and not is_pair(self.path):
             raise FileError(
                 f"{self.path}: there are no such data.",
                 "Give a file of rows, or the folder that 'lexmill prepare' wrote.",
@@ -64,8 +78,8 @@ class TaskData:
                 if document.messages is not None:
                     yield Conversation(origin=f"{shard}, {document.id}", messages=tuple(document.messages))
         elif self.held_out is not None:
-            yield from read_rows(self.held_out if split == VALIDATION else self.path)
+            yield from read_rows(self.held_out if split == VALIDATION else self.path, self.settings, kind)
         else:
-            for row in read_rows(self.path):
+            for row in read_rows(self.path, self.settings, kind):
                 if assign_split(group_id(row), self.seed, self.fraction) == split:
                     yield row

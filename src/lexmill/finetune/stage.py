@@ -64,7 +64,13 @@ def make_lesson(
 
 def task_data(config: FinetuneConfig, data: Path, validation: Path | None = None) -> TaskData:
     """Where the rows of a run come from."""
-    return TaskData(path=data, held_out=validation, fraction=config.validation_fraction, seed=config.seed)
+    return TaskData(
+        path=data,
+        held_out=validation,
+        fraction=config.validation_fraction,
+        seed=config.seed,
+        settings=config,
+    )
 
 
 def finetune(
@@ -100,7 +106,8 @@ def finetune(
         progress = SILENT
     lesson = make_lesson(config, base, data, validation)
     base = lesson.base or base
-    progress.say(f"  {lesson.told}")
+    form = task_data(config, data).form
+    progress.say(f"  {lesson.told}" + (f", rows of the form '{form}'" if form else ""))
     model, adapter = _build(config, base, progress)
     rows = {
         "rows": config.rows,
