@@ -28,6 +28,7 @@ MODERN = dict(
     cls_token_id=1,
     sep_token_id=2,
 )
+LABELS = {0: "好", 1: "bad", 2: "neither"}
 T5 = dict(
     vocab_size=99,
     d_model=32,
@@ -50,6 +51,9 @@ CASES = {
     "bert masked, untied": ("BertForMaskedLM", "BertConfig", dict(BERT, tie_word_embeddings=False)),
     "bert pairs": ("BertForNextSentencePrediction", "BertConfig", BERT),
     "bert": ("BertModel", "BertConfig", BERT),
+    "bert labels": ("BertForSequenceClassification", "BertConfig", dict(BERT, id2label=LABELS)),
+    "bert two labels": ("BertForSequenceClassification", "BertConfig", dict(BERT, hidden_act="relu")),
+    "bert span": ("BertForQuestionAnswering", "BertConfig", BERT),
     "modernbert": ("ModernBertForMaskedLM", "ModernBertConfig", MODERN),
     "modernbert, biases": (
         "ModernBertForMaskedLM",
@@ -61,6 +65,17 @@ CASES = {
         "ModernBertConfig",
         dict(MODERN, layer_types=["full_attention"] * 5),
     ),
+    "modernbert labels": (
+        "ModernBertForSequenceClassification",
+        "ModernBertConfig",
+        dict(MODERN, id2label=LABELS, classifier_bias=True, norm_bias=True),
+    ),
+    "modernbert labels, mean": (
+        "ModernBertForSequenceClassification",
+        "ModernBertConfig",
+        dict(MODERN, id2label=LABELS, classifier_pooling="mean"),
+    ),
+    "modernbert span": ("ModernBertForQuestionAnswering", "ModernBertConfig", MODERN),
     "modernbert without head": ("ModernBertModel", "ModernBertConfig", MODERN),
     "t5 1.1": (
         "T5ForConditionalGeneration",
@@ -85,6 +100,9 @@ def theirs(case, untied=False, **changes):
 
 def their_numbers(model):
     name = type(model).__name__
+    if name.endswith("QuestionAnswering"):
+        out = model(TOKENS, token_type_ids=SEGMENTS) if name.startswith("Bert") else model(TOKENS)
+        return [torch.stack([out.start_logits, out.end_logits], -1)]
     if name.startswith("T5"):
         return [model(input_ids=TOKENS, decoder_input_ids=WRITTEN).logits]
     if name.startswith("Bert"):
@@ -103,6 +121,10 @@ def our_numbers(model):
     if config.shape == "decoder":
         return [model(TOKENS)]
     hidden = model.hidden(TOKENS, segments=SEGMENTS if config.segments else None)
+    if config.labels:
+        return [model.label_logits(hidden[:, 0] if config.label_pooling == "cls" else hidden.mean(1))]
+    if config.span:
+        return [model.span_logits(hidden)]
     found = [model.masked_logits(hidden)] if config.mlm else []
     if config.nsp:
         found.append(model.pair_logits(hidden[:, 0]))

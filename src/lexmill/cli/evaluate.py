@@ -17,7 +17,8 @@ def evaluate(
     ] = None,
     base: Annotated[Path | None, typer.Option("--base", help="Another model to compare with.")] = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="Score this task on the rows of --data: chat.")
+        str | None,
+        typer.Option("--task", help="Score this task on the rows of --data: chat, classify, qa, embed."),
     ] = None,
     data: Annotated[
         Path | None,
@@ -33,6 +34,9 @@ def evaluate(
             "--predictions", help="Write what the model gave for each row here (JSONL).", show_default=False
         ),
     ] = None,
+    language: Annotated[
+        str, typer.Option("--language", help="Of answers: en is scored as SQuAD, zh as CMRC 2018.")
+    ] = "auto",
     overrides: Set = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -56,7 +60,7 @@ def evaluate(
     from lexmill.inference.language_model import load
 
     assert task is not None and data is not None
-    table = {"limit": limit, "beams": beams, "max_tokens": max_tokens, "form": form}
+    table = {"limit": limit, "beams": beams, "max_tokens": max_tokens, "language": language, "form": form}
     config = from_mapping(ScoreConfig, apply_overrides(table, overrides or ()), "evaluate")
     named = {"model": model} | ({"base": base} if base else {})
     progress = make_progress(quiet or json)

@@ -10,7 +10,9 @@ from typing import Any
 import typer
 
 from lexmill.cli import (
+    answer,
     chat,
+    classify,
     doctor,
     embed,
     evaluate,
@@ -73,6 +75,8 @@ app.command("generate")(_guarded(generate.generate))
 app.command("chat")(_guarded(chat.chat))
 app.command("fill")(_guarded(fill.fill))
 app.command("next-sentence")(_guarded(next_sentence.next_sentence))
+app.command("classify")(_guarded(classify.classify))
+app.command("answer")(_guarded(answer.answer))
 app.command("embed")(_guarded(embed.embed))
 app.add_typer(explain.app, name="explain")
 app.command("import")(_guarded(import_model.import_model))

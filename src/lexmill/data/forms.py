@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -165,14 +165,25 @@ class RowFile:
         """
         self.dropped.clear()
         refuse = reject or self._refuse
-        table = self._named(read_table(self.path, reject=refuse), refuse)
-        head = list(itertools.islice(table, _LOOKED_AT if self.form is None else 0))
+        # the first rows are looked at before any is made; errors wait for their turn among them
+        head: list[RawRow | DataError] = []
+        hold: Callable[[DataError], None] = head.append
+        table = self._named(
+            read_table(self.path, reject=lambda error: hold(error)), lambda error: hold(error)
+        )
         if self.form is None:
-            self.form = self._choose(head)
+            for raw in table:
+                head.append(raw)
+                if len(head) >= _LOOKED_AT:
+                    break
+            self.form = self._choose([raw for raw in head if isinstance(raw, RawRow)], head)
+        hold = refuse
         make = self._maker(self.form)
-        for raw in itertools.chain(head, table):
+        for one in itertools.chain(head, table):
             try:
-                yield make(self._fields(raw, self.form))
+                if isinstance(one, DataError):
+                    raise one
+                yield make(self._fields(one, self.form))
             except DataError as error:
                 refuse(error)
 
@@ -205,12 +216,12 @@ class RowFile:
                 DataError(f'{raw.where}: there is no column "{missing}".', suggest(missing, map(str, values)))
             )
 
-    def _choose(self, head: list[RawRow]) -> Form:
+    def _choose(self, head: list[RawRow], all_read: Sequence[RawRow | DataError]) -> Form:
         """The form that the settings name, or the first one that fits a row; those that give the kind asked come first."""
         if not head:
-            raise DataError(
-                f"{self.path}: this file holds no rows that can be read.", "Put rows into it, or mend them."
-            )
+            if all_read and isinstance(all_read[0], DataError):
+                raise all_read[0]
+            raise DataError(f"{self.path}: this file holds no rows.", "Put rows into it.")
         if self.settings.form is not None:
             return next(form for form in FORMS if form.name == self.settings.form)
         able = [form for form in FORMS if {*form.needed, *form.optional} >= self._columns.keys()]

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from lexmill.config import suggest
 from lexmill.data.forms import read_rows
-from lexmill.data.labelled import Conversation, Question, Row, TextPair
+from lexmill.data.labelled import Conversation, LabelledText, Match, Question, Row, TextPair
 from lexmill.errors import ConfigError
 from lexmill.evaluate.chat import chat_scores
+from lexmill.evaluate.classify import classify_scores
+from lexmill.evaluate.embed import embed_scores
+from lexmill.evaluate.qa import extractive_scores
 from lexmill.evaluate.scores import ScoreConfig, Scoring, TaskScores, Writer
 from lexmill.evaluate.writing import summary_scores, translation_scores, written_answer_scores
 from lexmill.inference.language_model import LanguageModel
@@ -18,10 +21,19 @@ from lexmill.progress import SILENT, Progress
 
 TaskScorer = Callable[[LanguageModel, Scoring], TaskScores]
 
+
+def qa_scores(model: LanguageModel, scoring: Scoring) -> TaskScores:
+    """Of an encoder, which finds answers; or of a model that writes them."""
+    scorer = extractive_scores if model.config.shape == "encoder" else written_answer_scores
+    return scorer(model, scoring)
+
+
 # A new task: a file with a function that scores it; its name here, with the kind of row that it takes.
 SCORERS: dict[str, tuple[type[Row], TaskScorer]] = {
     "chat": (Conversation, chat_scores),
-    "qa": (Question, written_answer_scores),
+    "classify": (LabelledText, classify_scores),
+    "embed": (Match, embed_scores),
+    "qa": (Question, qa_scores),
     "summarise": (TextPair, summary_scores),
     "translate": (TextPair, translation_scores),
 }

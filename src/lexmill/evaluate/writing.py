@@ -86,7 +86,7 @@ def written_answer_scores(model: LanguageModel, scoring: Scoring) -> TaskScores:
     nothing = normalise_english(found.asking.no_answer)
     said = ["" if normalise_english(text) == nothing else text for text in found.given]
     right = [cast(Question, row).answers for row in found.rows]
-    scores = answer_scores(said, right)
+    scores = answer_scores(said, right, scoring.config.language)
     metrics = {"f1": scores.pop("f1"), **scores}
     references = [answers or ("",) for answers in right]
     return _scores("qa", found, scoring, metrics, {"no_answer": sum(not text for text in said)}, references)

@@ -21,7 +21,7 @@ _METRIC_ROWS = 64
 class FinetuneConfig(RowSettings, TrainConfig):
     """The `[finetune]` table of a recipe."""
 
-    task: Literal["chat", "qa", "summarise", "translate"] = "chat"
+    task: Literal["chat", "classify", "embed", "qa", "summarise", "translate"] = "chat"
     lora: LoraConfig | None = None  # train an adapter, not the model
     prompts: tuple[str, ...] = ("Hello",)  # questions whose answers are shown as training goes on
     validation_fraction: float = 0.05  # of the rows of a file, where nothing else is held out
@@ -30,6 +30,9 @@ class FinetuneConfig(RowSettings, TrainConfig):
     text_share: float = (
         0.0  # share of the examples' tokens that are plain text, so that writing is not forgotten
     )
+    window: int = 384  # qa by an encoder: tokens of question and context together that are read at once
+    overlap: int = 128  # qa by an encoder: tokens of the context that neighbouring windows share
+    temperature: float = 0.05  # embed: cosines are divided by it; less makes the nearest texts weigh more
     row_length: int | None = (
         None  # tokens in a training row; when not given the model's context, 1,024 at most
     )
@@ -53,6 +56,10 @@ class FinetuneConfig(RowSettings, TrainConfig):
             raise ConfigError("'text_share' must lie in [0, 1).")
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError("'validation_fraction' must lie in [0, 1).")
+        if self.window < 8 or self.overlap < 0 or self.overlap >= self.window:
+            raise ConfigError("'window' must be at least 8, and 'overlap' less than it.")
+        if self.temperature <= 0:
+            raise ConfigError("'temperature' must be positive.")
         if self.row_length is not None and self.row_length < 4:
             raise ConfigError("'row_length' must be at least 4.")
         if not self.no_answer.strip():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lexmill.data.labelled import Row
 from lexmill.finetune.config import FinetuneConfig
 from lexmill.finetune.rows import TaskData
 from lexmill.model.directory import ModelDirectory
@@ -25,6 +26,10 @@ class Lesson:
         pad: fills rows.
         told: what there is to learn from, for a reader: "3,121 conversations".
         facts: for the lineage.
+        base: the model with the head that the task needs; None where the given one has all.
+        after: what is fitted on held-out rows when training is done, for `lexmill.json`: (model) -> facts.
+        targets: what is predicted, as metrics are named.
+        held_out: the rows of `validation`, where something is tuned on the task's own score.
     """
 
     loss: Objective
@@ -35,6 +40,10 @@ class Lesson:
     told: str
     decoder_length: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
+    base: ModelDirectory | None = None
+    after: Callable[[Any], dict[str, Any]] | None = None
+    targets: str = "tokens"
+    held_out: Sequence[Row] = ()
 
 
 # (settings, the model that learns, its data) -> what it learns

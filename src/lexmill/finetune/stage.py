@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lexmill.data.labelled import Row
 from lexmill.files import write_json
 from lexmill.finetune.answer import answer_lesson
 from lexmill.finetune.chat import chat_lesson
+from lexmill.finetune.classify import classify_lesson
 from lexmill.finetune.config import FinetuneConfig
+from lexmill.finetune.embed import embed_lesson
+from lexmill.finetune.extractive import extractive_lesson
 from lexmill.finetune.lesson import Lesson, TaskMaker
 from lexmill.finetune.rows import TaskData
 from lexmill.finetune.summarise import summarise_lesson
@@ -20,6 +25,7 @@ from lexmill.model.adapter import Adapter
 from lexmill.model.adapter_files import AdapterDirectory, write_adapter
 from lexmill.model.build import build_model
 from lexmill.model.directory import ModelDirectory, write_model_directory
+from lexmill.model.heads import head_modules
 from lexmill.model.lora import add_adapter, begin_adapter, read_adapter
 from lexmill.model.quantised import build_quantised
 from lexmill.model.transformer import Transformer
@@ -38,10 +44,22 @@ Replier = Callable[[nn.Module, Tokenizer, str], str]
 # (model) -> figures of the task by name, as they are on some validation rows
 Scorer = Callable[[nn.Module], dict[str, float]]
 
+# (task, model, tokenizer, what its lesson fitted, held-out rows) -> the same, tuned on the task's own score
+Tuner = Callable[[str, nn.Module, Tokenizer, dict[str, Any], Sequence[Row]], dict[str, Any]]
+
+
+def qa_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskData) -> Lesson:
+    """An encoder learns to find answers, other models to write them."""
+    make = extractive_lesson if model.config.shape == "encoder" else answer_lesson
+    return make(config, model, data)
+
+
 # A new task: a file with a function that makes its lesson, its name here and in `FinetuneConfig.task`.
 TASKS: dict[str, TaskMaker] = {
     "chat": chat_lesson,
-    "qa": answer_lesson,
+    "classify": classify_lesson,
+    "embed": embed_lesson,
+    "qa": qa_lesson,
     "summarise": summarise_lesson,
     "translate": translate_lesson,
 }
@@ -79,6 +97,7 @@ def finetune(
     validation: Path | None = None,
     reply: Replier | None = None,
     score: Scorer | None = None,
+    tune: Tuner | None = None,
     progress: Progress = SILENT,
 ) -> tuple[ModelDirectory | AdapterDirectory, TrainResult]:
     """Teach `base` a task. The same call goes on from its checkpoints.
@@ -89,6 +108,7 @@ def finetune(
         validation: a file of rows to measure on; else a part of the data.
         reply: answers a question; called for each of `config.prompts` as training for chat goes on.
         score: gives what `config.stop_metric` may name; called at each validation.
+        tune: chooses on held-out rows what a task leaves open (`lexmill.evaluate.tuning.tune`).
 
     Returns:
         The model, or with `config.lora` the adapter.
@@ -102,6 +122,7 @@ def finetune(
     if not processes.first:
         progress = SILENT
     lesson = make_lesson(config, base, data, validation)
+    base = lesson.base or base
     form = task_data(config, data).form
     progress.say(f"  {lesson.told}" + (f", rows of the form '{form}'" if form else ""))
     model, adapter = _build(config, base, progress)
@@ -116,6 +137,7 @@ def finetune(
 
     def validate(model: nn.Module) -> dict[str, float]:
         figures = measure(model, lesson.loss, on_device).figures("validation")
+        figures = {name.replace("tokens", lesson.targets): value for name, value in figures.items()}
         if score is not None:
             model.eval()
             figures |= {f"validation_{name}": value for name, value in score(model).items()}
@@ -152,7 +174,17 @@ def finetune(
         "tokens": result.tokens,
         **lesson.facts,
     }
-    return _finished(model, adapter, base, out, processes, history, result), result
+    fitted: dict[str, Any] = {}
+    if lesson.after and not _is_spread(config, processes):
+        fitted = lesson.after(model)
+        if tune and lesson.held_out:
+            fitted = tune(config.task, model, base.tokenizer, fitted, lesson.held_out)
+    return _finished(model, adapter, base, out, processes, history, fitted, result), result
+
+
+def _is_spread(config: FinetuneConfig, processes: Processes) -> bool:
+    """Whether no process has the whole model, so that nothing can be fitted with it."""
+    return processes.world > 1 and config.sharding == "shard"
 
 
 def _build(
@@ -160,6 +192,9 @@ def _build(
 ) -> tuple[Transformer, Adapter | None]:
     """The model as it learns: all of it, or frozen with an adapter in it."""
     lora = config.lora
+    if lora is not None and base.config.shape == "encoder":  # as PEFT does: a task's head is trained in full
+        saved = dict.fromkeys((*lora.modules_to_save, *head_modules(base)))
+        lora = replace(lora, modules_to_save=tuple(saved))
     if lora is not None and lora.quantise:
         model, whole = build_quantised(base.config, base.weights_on_demand(), lora.quantise)
         if whole:
@@ -186,10 +221,12 @@ def _finished(
     out: Path,
     processes: Processes,
     history: dict[str, Any],
+    fitted: dict[str, Any],
     result: TrainResult,
 ) -> ModelDirectory | AdapterDirectory:
     """Write what was learned, and open it."""
-    lineage = {**base.lineage, "history": [*base.lineage.get("history", []), history]}
+    kept = {name: value for name, value in base.lineage.items() if name != "calibration"}
+    lineage = {**kept, **fitted, "history": [*base.lineage.get("history", []), history]}
     learned = read_adapter(model, adapter) if adapter is not None else None
     weights = model.weights() if learned is None else {}
     with processes.first_alone():
@@ -197,7 +234,9 @@ def _finished(
             if learned is not None:
                 write_adapter(out, learned, base, lineage)
             else:
-                write_model_directory(out / "model", base.config, weights, base.tokenizer, lineage)
+                write_model_directory(
+                    out / "model", base.config, weights, base.tokenizer, lineage, pooling=base.pooling
+                )
             write_json(out / "result.json", vars(result))
     if learned is not None:
         return AdapterDirectory.open(out, base)

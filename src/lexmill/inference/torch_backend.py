@@ -152,3 +152,29 @@ def look_inside(
         "cross": second.cross,
     }
     return {name: torch.cat(found).float().cpu().numpy() for name, found in parts.items() if found}
+
+
+def head_logits(model: Any, pairs: Sequence[Any]) -> list[np.ndarray]:
+    """What the head of an encoder's task says of texts or pairs computed at once (`lexmill.tokenizer.pairs.Pair`).
+
+    Returns:
+        Of each pair (labels,), or (tokens, 2) from a head that finds answers; float32.
+    """
+    longest = max(len(pair) for pair in pairs)
+    tokens, segments = np.zeros((2, len(pairs), longest), np.int64)
+    real = np.zeros((len(pairs), longest), bool)
+    for index, pair in enumerate(pairs):
+        tokens[index, : len(pair)], segments[index, : len(pair)] = pair.ids, pair.segments
+        real[index, : len(pair)] = True
+    mask = None if bool(real.all()) else _ids(model, real)[:, None, None]
+    with torch.inference_mode():
+        hidden = model.hidden(_ids(model, tokens), mask=mask, segments=_ids(model, segments))
+        if model.config.span:
+            found = model.span_logits(hidden).float().cpu().numpy()
+            return [found[index, : len(pair)] for index, pair in enumerate(pairs)]
+        if model.config.label_pooling == "mean":
+            weights = _ids(model, real)[..., None].to(hidden.dtype)
+            summary = (hidden * weights).sum(1) / weights.sum(1)
+        else:
+            summary = hidden[:, 0]
+        return list(model.label_logits(summary).float().cpu().numpy())

@@ -19,6 +19,7 @@ from lexmill.model.config import ModelConfig
 from lexmill.model.names import LinearLayer, linear_layers, weight_names, weight_shapes
 
 ALL_LINEAR = "all-linear"
+_OUTPUTS = ("head", "label", "span")  # projections that give a model's answers
 QUANTISED_TYPES = ("q8_0", "q4_1", "q4_0")  # in which a base may be kept: types of GGUF files
 
 
@@ -33,7 +34,7 @@ class LoraConfig:
     alpha: float = 32.0
     dropout: float = 0.0  # on what goes into A, in training
     rslora: bool = False  # alpha / sqrt(rank), so that a higher rank does not learn more slowly
-    targets: tuple[str, ...] = (ALL_LINEAR,)  # all-linear: every linear layer but the output projection
+    targets: tuple[str, ...] = (ALL_LINEAR,)  # all-linear: every one but output projections
     rank_pattern: dict = field(default_factory=dict)  # other ranks for some modules: {"down_proj": 32}
     alpha_pattern: dict = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()  # trained in full, and saved as they are
@@ -84,7 +85,11 @@ class LoraConfig:
             layer
             for layer in layers
             if any(names(key, layer.huggingface) for key in self.targets)
-            or (ALL_LINEAR in self.targets and layer.owns != ("head",))
+            or (
+                ALL_LINEAR in self.targets
+                and layer.owns[0] not in _OUTPUTS
+                and not any(layer.huggingface.endswith(key) for key in self.modules_to_save)
+            )
         ]
 
     def saved(self, config: ModelConfig) -> list[str]:

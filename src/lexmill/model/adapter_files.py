@@ -21,6 +21,7 @@ from lexmill.formats.safetensors_writing import write_safetensors
 from lexmill.model.adapter import ALL_LINEAR, QUANTISED_TYPES, Adapter, LoraConfig, LowRank, MergedWeights
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import LINEAGE_FILE, ModelDirectory
+from lexmill.model.heads import with_labels, with_span
 from lexmill.model.names import linear_layers, matrices_in_blocks, weight_names
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -36,6 +37,7 @@ _NEUTRAL = {
 _BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
 _PLAIN = re.compile(r"\^?[A-Za-z0-9_.]{1,300}")
 _TASKS = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM", "encoder": None}
+_HEAD_TASKS = {"labels": "SEQ_CLS", "span": "QUESTION_ANS"}
 _MOST_ENTRIES = 100_000
 _HINT = "Is it a complete adapter that PEFT's save_pretrained wrote? Make or copy it again."
 
@@ -102,9 +104,39 @@ class AdapterDirectory:
         lineage = lineage if isinstance(lineage, dict) else {}
         if not isinstance(base, ModelDirectory):
             base = ModelDirectory.open(base if base is not None else _find_base(path, settings, lineage))
+        base = _with_head(path, base, settings, lineage)
         adapter = _read_adapter(path, settings, base.config)
+        missing = set(base.begun) - set(adapter.replaced)
+        if missing:
+            raise ModelError(
+                f"{path}: neither the adapter nor its base has the weight '{min(missing)}'.",
+                "PEFT saves a head that is named in 'modules_to_save'.",
+            )
         adapter.check(base.config, str(path))
         return cls(path, base, adapter, lineage)
+
+
+def _with_head(
+    path: Path, base: ModelDirectory, settings: Mapping[str, Any], lineage: Mapping[str, Any]
+) -> ModelDirectory:
+    """The base with the head that an adapter brings; itself where it brings none."""
+    labels = _facts(lineage).get("labels")
+    task = settings.get("task_type")
+    if base.config.shape != "encoder":
+        return base
+    if task == _HEAD_TASKS["span"]:
+        return with_span(base)
+    if task != _HEAD_TASKS["labels"]:
+        return base
+    if isinstance(labels, list) and all(isinstance(label, str) for label in labels):
+        return base if list(base.config.labels) == labels else with_labels(base, labels)
+    # PEFT notes no names; it takes them from the base, which must be opened with as many labels
+    with SafetensorsFile.open(require_file(path / WEIGHTS_FILE, "adapter weights file", _HINT)) as weights:
+        heads = [name for name in weights.names() if name.endswith("classifier.weight")]
+        count = weights.shape(heads[0])[0] if heads and weights.shape(heads[0]) else 0
+    if not count or count == len(base.config.labels):
+        return base
+    return with_labels(base, [f"LABEL_{index}" for index in range(count)])
 
 
 def is_adapter(path: Path | str) -> bool:
@@ -278,10 +310,12 @@ def write_adapter(
     """
     path = Path(path)
     adapter.check(base.config, str(path))
+    labels = list(base.config.labels)
     facts = {
         "base": os.path.relpath(base.path.resolve(), path.resolve()),
         "base_sha256": {one.name: sha256_file(one) for one in sorted(base.path.glob("*.safetensors"))},
         **({"quantise": adapter.config.quantise} if adapter.config.quantise else {}),
+        **({"labels": labels} if labels else {}),
     }
     stored = {name.own: name.huggingface for name in weight_names(base.config)}
     tensors: dict[str, np.ndarray] = {}
@@ -303,7 +337,11 @@ def _settings(adapter: Adapter, base: ModelDirectory, stored: Mapping[str, str])
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
     return {
         "peft_type": "LORA",
-        "task_type": _TASKS[base.config.shape],
+        "task_type": _HEAD_TASKS["labels"]
+        if base.config.labels
+        else _HEAD_TASKS["span"]
+        if base.config.span
+        else _TASKS[base.config.shape],
         "base_model_name_or_path": str(base.path.resolve()),
         "inference_mode": True,
         "r": lora.rank,

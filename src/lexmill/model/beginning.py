@@ -13,7 +13,7 @@ from lexmill.model.positions import relative_bucket
 # What writes into the residual stream: begins at zero.
 _WRITERS = ("attention.out.weight", "cross.out.weight", "mlp.down.weight")
 # Heads that judge a whole text.
-JUDGES = ("pooler.", "nsp.")
+JUDGES = ("pooler.", "nsp.", "label.")
 _FARTHEST = -8.0  # the lowest position bias: next to nothing, but still within reach of learning
 
 
@@ -57,9 +57,10 @@ def rate_factor(name: str, config: ModelConfig) -> float:
 
     Optimisers move weights by their rate, however small weights and gradients are. Queries whose
     scores are not divided by sqrt(head_width) begin that much smaller instead, and must move that
-    much slower. What judges whole texts has few labels a step, and walks at random at full rate.
+    much slower. What judges whole texts beside another objective has few labels a step, and walks at
+    random at full rate; a classifier learns nothing but its labels.
     """
-    if name.startswith(JUDGES):
+    if config.nsp and name.startswith(JUDGES):
         return 0.1
     if not config.scale_scores and name.endswith(".q.weight"):
         return config.head_width**-0.5

@@ -69,6 +69,9 @@ _ONLY_IN = {
     "mlm": ("bert", "modernbert"),
     "nsp": ("bert",),
     "pooler": ("bert",),
+    "labels": ("bert", "modernbert"),
+    "span": ("bert", "modernbert"),
+    "label_pooling": ("modernbert",),
     "rope_scaling": ("llama", "qwen2", "qwen3"),
 }
 
@@ -116,9 +119,12 @@ class ModelConfig:
     decoder_start: int = 0  # the id that an encoder–decoder begins to write with
     scale_output: bool = False  # hidden states times 1/sqrt(width) before the output projection
     mlm: bool = False  # a masked-language-modelling head
-    mlm_bias: bool = False  # a bias inside that head's dense layer
+    mlm_bias: bool = False  # a bias inside a head's dense layer
     pooler: bool = False  # a dense layer on the first token
     nsp: bool = False  # a next-sentence head on the pooler
+    labels: tuple[str, ...] = ()  # of a head that classifies texts; none: there is no such head
+    label_pooling: Literal["cls", "mean"] = "cls"  # what that head reads: the first token, or the mean of all
+    span: bool = False  # a head that finds where an answer begins and ends
     dropout: float = 0.0  # in training, on what each part adds to the residual stream
 
     def __post_init__(self) -> None:
@@ -146,11 +152,24 @@ class ModelConfig:
             )
         if not 0 <= self.decoder_start < self.vocab_size:
             raise ConfigError(f"'decoder_start' ({self.decoder_start}) is outside the vocabulary.")
-        if self.nsp and not self.pooler:
-            raise ConfigError("A next-sentence head ('nsp') stands on the pooler: set 'pooler' too.")
+        self._check_heads()
         if self.shape != "decoder" and self.kv_heads != self.heads:
             raise ConfigError(f"'kv_heads' below 'heads' fits decoders only, not the shape '{self.shape}'.")
         self._check_family()
+
+    def _check_heads(self) -> None:
+        heads = {"mlm or nsp": self.mlm or self.nsp, "labels": bool(self.labels), "span": self.span}
+        if sum(heads.values()) > 1:  # as Hugging Face's classes have them
+            present = " and ".join(f"'{name}'" for name, there in heads.items() if there)
+            raise ConfigError(f"A model has the head of one task, not of several: {present}.")
+        if self.nsp and not self.pooler:
+            raise ConfigError("A next-sentence head ('nsp') stands on the pooler: set 'pooler' too.")
+        if len(set(self.labels)) != len(self.labels):
+            raise ConfigError("'labels' names a label twice.")
+        if self.label_pooling not in ("cls", "mean"):
+            raise ConfigError(f"There is no 'label_pooling' {self.label_pooling!r}.", "Take cls or mean.")
+        if self.positions == "learned" and ((self.labels and not self.pooler) or (self.span and self.pooler)):
+            raise ConfigError("In BERT's shape 'labels' stands on the pooler, and 'span' has none.")
 
     def _check_family(self) -> None:
         family = self._find_family()

@@ -41,6 +41,7 @@ class ModelDirectory:
         config: the model's shape.
         tokenizer: its tokenizer, special ids and chat template.
         lineage: what `lexmill.json` says of its making; empty for models made by others.
+        begun: weights that are not on disk, by our names: those of a head that is still to learn.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class ModelDirectory:
         tokenizer: Tokenizer | None,
         lineage: dict[str, Any],
         weights: Weights,
+        begun: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.path, self.config, self.lineage = path, config, lineage
+        self.begun = dict(begun or {})
         self._tokenizer, self._weights = tokenizer, weights
         self._names = {name.own: name for name in weight_names(config)}
-        self._stored = _stored_names(path, config, weights)
+        self._stored = _stored_names(path, config, weights, self.begun)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -74,11 +77,13 @@ class ModelDirectory:
 
     def weight(self, own_name: str) -> np.ndarray:
         """One weight as float32, by lexmill's name for it."""
+        if own_name in self.begun:
+            return self.begun[own_name]
         return self._names[own_name].rows(self._weights.float32(self._stored[own_name]))
 
     def weight_dtype(self, own_name: str) -> str:
         """How it is stored: "F32", "BF16" or "F16"."""
-        return self._weights.dtype(self._stored[own_name])
+        return "F32" if own_name in self.begun else self._weights.dtype(self._stored[own_name])
 
     def stored_tensors(
         self, dtype: str = "", changed: Mapping[str, np.ndarray] | None = None
@@ -124,6 +129,18 @@ class ModelDirectory:
     def weights_on_demand(self) -> Mapping[str, np.ndarray]:
         """The same, each read when it is asked for and not kept."""
         return _StoredWeights(self, self._names)
+
+    def holds(self, name: WeightName) -> bool:
+        """Whether the files hold a weight, also one that the model as it is does not use."""
+        return find_name(name, frozenset(self._weights.names())) is not None
+
+    def with_config(self, config: ModelConfig, begun: Mapping[str, np.ndarray]) -> ModelDirectory:
+        """The same files as another model, which has other heads.
+
+        Args:
+            begun: weights of it that the files do not hold.
+        """
+        return ModelDirectory(self.path, config, self._tokenizer, self.lineage, self._weights, begun)
 
     @classmethod
     def open(cls, path: Path | str) -> ModelDirectory:
@@ -191,7 +208,9 @@ def _telling_names(weights: Weights) -> frozenset[str]:
     return names
 
 
-def _stored_names(path: Path, config: ModelConfig, weights: Weights) -> dict[str, str]:
+def _stored_names(
+    path: Path, config: ModelConfig, weights: Weights, begun: Collection[str] = ()
+) -> dict[str, str]:
     """What the files call each weight, by lexmill's names, after checking that all are there and fit.
 
     Raises:
@@ -200,6 +219,8 @@ def _stored_names(path: Path, config: ModelConfig, weights: Weights) -> dict[str
     stored, shapes = {}, weight_shapes(config)
     present = frozenset(weights.names())
     for name in weight_names(config):
+        if name.own in begun:
+            continue
         found = find_name(name, present)
         if found is None:
             raise ModelError(f"{path}: the weight '{name.huggingface}' is missing.", _COMPLETE)

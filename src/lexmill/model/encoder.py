@@ -14,18 +14,25 @@ from lexmill.model.stack import Stack
 from lexmill.model.transformer import Transformer
 
 
-class MaskedHead(nn.Module):
-    """From hidden states to what the output projection reads; `bias` is that projection's own."""
+class Transform(nn.Module):
+    """A layer between the hidden states and a head's projection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.width, config.width, bias=config.mlm_bias)
         self.norm = make_norm(config)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(self.activation(self.dense(hidden)))
+
+
+class MaskedHead(Transform):
+    """From hidden states to what the output projection reads; `bias` is that projection's own."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
 
 class Encoder(Transformer):
@@ -46,6 +53,12 @@ class Encoder(Transformer):
             self.pooler = nn.Linear(config.width, config.width)
         if config.nsp:
             self.nsp = nn.Linear(config.width, 2)
+        if (config.labels or config.span) and config.family == "modernbert":
+            self.transform = Transform(config)
+        if config.labels:
+            self.label = nn.Linear(config.width, len(config.labels))
+        if config.span:
+            self.span = nn.Linear(config.width, 2)
 
     def hidden(
         self,
@@ -83,6 +96,21 @@ class Encoder(Transformer):
     def pair_logits(self, first: Tensor) -> Tensor:
         """From the hidden state of the first token: [follows, does not follow], (…, 2)."""
         return self.nsp(self.pooled(first))
+
+    def label_logits(self, summary: Tensor) -> Tensor:
+        """How well each label fits, (…, labels).
+
+        Args:
+            summary: (…, width): the hidden state of the first token, or with `label_pooling = "mean"` the
+                mean of a text's.
+        """
+        below = self.pooled(summary) if self.config.pooler else self.transform(summary)
+        return self.label(self.drop(below))
+
+    def span_logits(self, hidden: Tensor) -> Tensor:
+        """How well an answer begins and ends at each token: (…, 2)."""
+        transform = getattr(self, "transform", None)
+        return self.span(hidden if transform is None else self.drop(transform(hidden)))
 
     def forward(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 
 from lexmill.errors import ConfigError, ModelError
 from lexmill.model.config import FAMILIES, ModelConfig
+from lexmill.model.huggingface_heads import read_labels, refuse_other_heads, write_labels
 from lexmill.model.huggingface_rope import read_plain, read_scaling, read_theta, write_scaling
 from lexmill.model.huggingface_values import ACTIVATIONS, Values
 
@@ -112,6 +113,9 @@ def _read_bert(reader: Values, family: str, weights: Collection[str]) -> dict[st
         return any(name in made_by for name in architectures)
 
     pretraining, masked, pair = "BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction"
+    labelled, spans = "BertForSequenceClassification", "BertForQuestionAnswering"
+    classifies = has("classifier.", labelled)
+    refuse_other_heads(reader, has("classifier.", labelled) or has("qa_outputs.", spans), (labelled, spans))
     return {
         "vocab_size": get("vocab_size", int),
         "width": width,
@@ -127,8 +131,12 @@ def _read_bert(reader: Values, family: str, weights: Collection[str]) -> dict[st
         "tied": get("tie_word_embeddings", bool, True),
         "mlm": has("cls.predictions.", pretraining, masked),
         "mlm_bias": has("cls.predictions.", pretraining, masked),
-        "pooler": has("pooler.dense.", pretraining, pair, "BertModel"),
+        "pooler": has("pooler.dense.", pretraining, pair, labelled, "BertModel")
+        # an old file may hold one, but this class does not use it
+        and not has("qa_outputs.", spans),
         "nsp": has("cls.seq_relationship.", pretraining, pair),
+        "labels": read_labels(reader) if classifies else (),
+        "span": has("qa_outputs.", spans),
         "dropout": get("hidden_dropout_prob", float, 0.1),
     }
 
@@ -141,6 +149,10 @@ def _write_bert(config: ModelConfig) -> dict[str, Any]:
         if config.mlm
         else "BertForNextSentencePrediction"
         if config.nsp
+        else "BertForSequenceClassification"
+        if config.labels
+        else "BertForQuestionAnswering"
+        if config.span
         else "BertModel"
     )
     return {
@@ -160,6 +172,7 @@ def _write_bert(config: ModelConfig) -> dict[str, Any]:
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": 0.0,
         "is_decoder": False,
+        **write_labels(config),
     }
 
 
@@ -173,10 +186,11 @@ def _read_modernbert(reader: Values, family: str, weights: Collection[str]) -> d
     theta = read_plain(reader, tables["full_attention"]) or get("global_rope_theta", float, 160000.0)
     local_theta = read_plain(reader, tables["sliding_attention"]) or get("local_rope_theta", float, 10000.0)
     every, window = _layer_pattern(reader, layers)
-    masked = not weights or any(name.startswith(("decoder.", "head.")) for name in weights)
+    task = _modern_task(reader, weights)
+    masked, judged = task == "mlm", task in ("labels", "span")
     reader.refuse(
         {
-            "another activation in the head": masked
+            "another activation in the head": (masked or judged)
             and reader.activation("classifier_activation", "gelu")
             != reader.activation("hidden_activation", "gelu"),
             "a head without a bias on its outputs": masked and not get("decoder_bias", bool, True),
@@ -201,9 +215,27 @@ def _read_modernbert(reader: Values, family: str, weights: Collection[str]) -> d
         **_modern_biases(reader),
         "tied": get("tie_word_embeddings", bool, True),
         "mlm": masked,
-        "mlm_bias": masked and get("classifier_bias", bool, False),
+        "mlm_bias": (masked or judged) and get("classifier_bias", bool, False),
+        "labels": read_labels(reader) if task == "labels" else (),
+        "label_pooling": get("classifier_pooling", str, "cls"),
+        "span": task == "span",
         "dropout": get("mlp_dropout", float, 0.0),
     }
+
+
+def _modern_task(reader: Values, weights: Collection[str]) -> str:
+    """Which head a model has: "mlm", "labels", "span" or ""."""
+    tasks = {
+        "ModernBertForSequenceClassification": "labels",
+        "ModernBertForQuestionAnswering": "span",
+    }
+    named = [tasks[name] for name in reader.values.get("architectures") or [] if name in tasks]
+    if any(name.startswith("classifier.") for name in weights):
+        refuse_other_heads(reader, True, tuple(tasks))
+        return named[0] if named else "labels"
+    if named and not weights:
+        return named[0]
+    return "mlm" if not weights or any(name.startswith(("decoder.", "head.")) for name in weights) else ""
 
 
 def _modern_biases(reader: Values) -> dict[str, bool]:
@@ -241,7 +273,15 @@ def _write_modernbert(config: ModelConfig) -> dict[str, Any]:
         {"rope_type": "default", "rope_theta": theta} for theta in (config.rope_theta, config.local_theta)
     )
     return {
-        "architectures": ["ModernBertForMaskedLM" if config.mlm else "ModernBertModel"],
+        "architectures": [
+            "ModernBertForMaskedLM"
+            if config.mlm
+            else "ModernBertForSequenceClassification"
+            if config.labels
+            else "ModernBertForQuestionAnswering"
+            if config.span
+            else "ModernBertModel"
+        ],
         "model_type": "modernbert",
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -271,6 +311,9 @@ def _write_modernbert(config: ModelConfig) -> dict[str, Any]:
         "embedding_dropout": config.dropout,
         "mlp_dropout": config.dropout,
         "attention_dropout": config.dropout,
+        "classifier_dropout": config.dropout,
+        "classifier_pooling": config.label_pooling,
+        **write_labels(config),
     }
 
 

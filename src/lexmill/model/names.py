@@ -97,7 +97,8 @@ def _bert(config: ModelConfig) -> Iterator[WeightName]:
         body += _placed(block, f"encoder.blocks.{layer}", f"encoder.layer.{layer}", f"blk.{layer}")
     if config.pooler:
         body += _linear("pooler", "pooler.dense", "", True)
-    prefix = "bert." if config.mlm or config.nsp else ""
+    headed = config.mlm or config.nsp or config.labels or config.span
+    prefix = "bert." if headed else ""
     yield from (replace(name, huggingface=prefix + name.huggingface) for name in body)
     if config.mlm:
         yield from _linear("mlm.dense", "cls.predictions.transform.dense", "", True)
@@ -109,6 +110,10 @@ def _bert(config: ModelConfig) -> Iterator[WeightName]:
             yield WeightName("head.weight", "cls.predictions.decoder.weight", "")
     if config.nsp:
         yield from _linear("nsp", "cls.seq_relationship", "", True)
+    if config.labels:
+        yield from _linear("label", "classifier", "", True)
+    if config.span:
+        yield from _linear("span", "qa_outputs", "", True)
 
 
 def _modernbert(config: ModelConfig) -> Iterator[WeightName]:
@@ -125,8 +130,12 @@ def _modernbert(config: ModelConfig) -> Iterator[WeightName]:
         block += _linear("mlp.down", "mlp.Wo", "ffn_down", mlp)
         body += _placed(block, f"encoder.blocks.{layer}", f"layers.{layer}", f"blk.{layer}")
     body += _linear("encoder.norm", "final_norm", "output_norm", norm)
-    prefix = "model." if config.mlm else ""
+    prefix = "model." if config.mlm or config.labels or config.span else ""
     yield from (replace(name, huggingface=prefix + name.huggingface) for name in body)
+    if config.labels or config.span:
+        yield from _linear("transform.dense", "head.dense", "", config.mlm_bias)
+        yield from _linear("transform.norm", "head.norm", "", norm)
+        yield from _linear("label" if config.labels else "span", "classifier", "", True)
     if config.mlm:
         yield from _linear("mlm.dense", "head.dense", "", config.mlm_bias)
         yield from _linear("mlm.norm", "head.norm", "", norm)
@@ -231,6 +240,9 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlm.dense": (width, width),
         "pooler": (width, width),
         "nsp": (2, width),
+        "transform.dense": (width, width),
+        "label": (len(config.labels), width),
+        "span": (2, width),
     }
     shapes: dict[str, tuple[int, ...]] = {}
     for name in weight_names(config):

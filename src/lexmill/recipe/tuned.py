@@ -42,6 +42,7 @@ def finetune_and_score(
         The model or adapter, how training went, and the scores: {task: {"before", "after"}, "text"?: {"before",
         "after"}, "examples"}, empty where there is nothing to score.
     """
+    from lexmill.evaluate.tuning import tune
     from lexmill.finetune.stage import finetune
 
     work = _Scores(config, base, data, validation, progress)
@@ -57,6 +58,7 @@ def finetune_and_score(
         validation=validation,
         reply=reply,
         score=(lambda network: work.figures(network, metric_rows)) if metric_rows else None,
+        tune=tune,
         progress=progress,
     )
     if not (first and config.score):
@@ -119,14 +121,13 @@ class _Scores:
 
         adapter = model.adapter if isinstance(model, AdapterDirectory) else None
         directory = model.base if isinstance(model, AdapterDirectory) else model
-        loaded = LanguageModel(
-            load_model(directory, adapter), directory.tokenizer, directory.path, self.lineage
-        )
+        lineage = self.lineage if model is self.base else model.lineage
+        loaded = LanguageModel(load_model(directory, adapter), directory.tokenizer, directory.path, lineage)
         found: dict[str, Any] = {}
         if rows:
             try:
                 scores = self._score(loaded, rows, self.progress, _EXAMPLES)
-                found = {**scores.as_json(), "predictions": len(scores.predictions)}
+                found = scores.as_json()
             except ModelError as error:
                 self.progress.say(f"  not scored: {error.message}")
         return found | self._text(loaded)

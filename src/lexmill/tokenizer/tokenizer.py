@@ -65,6 +65,16 @@ class Tokenizer:
         ordinary = [text for text in self.vocabulary if text not in self._added]
         return "characters" if model == "wordlevel" and all(len(text) == 1 for text in ordinary) else model
 
+    @property
+    def fast(self) -> Any:
+        """The tokenizer of the package tokenizers."""
+        return self._fast
+
+    @functools.cached_property
+    def frames_pairs(self) -> bool:
+        """Whether its own template frames texts and pairs of them."""
+        return _has_template(self._values.get("post_processor"))
+
     @functools.cached_property
     def _values(self) -> dict[str, Any]:
         return loads(self.json)
@@ -139,7 +149,7 @@ class Tokenizer:
         Raises:
             ModelError: it has neither such a template nor [CLS] and [SEP].
         """
-        if _has_template(self._values.get("post_processor")):
+        if self.frames_pairs:
             refuse_surrogates([first, second])
             with panics_as_errors(_CANNOT):
                 encoding = (self._fast if special else self._literal).encode(first, second)
@@ -148,11 +158,13 @@ class Tokenizer:
         one, two = self.encode_plain([first, second], special=special)
         return [cls, *one, sep, *two, sep], [0] * (len(one) + 2) + [1] * (len(two) + 1)
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_with_offsets(
+        self, text: str, *, frame: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and for each the (start, end) of the characters of `text` that it stands for."""
         refuse_surrogates([text])
         with panics_as_errors(_CANNOT):
-            encoding = self._fast.encode(text, add_special_tokens=True)
+            encoding = self._fast.encode(text, add_special_tokens=frame)
         return encoding.ids, encoding.offsets
 
     def _encode(self, fast: Any, texts: Sequence[str], *, frame: bool) -> list[list[int]]:

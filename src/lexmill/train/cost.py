@@ -143,7 +143,7 @@ def _places(name: str, config: ModelConfig, row: Row) -> float:
         return row.targets if config.tied else 0
     if name.startswith(("head.", "mlm.")):
         return row.targets
-    if name.startswith(("pooler.", "nsp.")):
+    if name.startswith(("pooler.", "nsp.", "label.")) or (config.labels and name.startswith("transform.")):
         return row.pairs
     if config.shape == "encoder_decoder" and name.startswith("decoder."):
         return row.length if ".cross.k." in name or ".cross.v." in name else row.decoder_length

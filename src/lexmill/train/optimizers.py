@@ -80,7 +80,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 def is_hidden(name: str, dimensions: int) -> bool:
     """Whether a parameter maps hidden states to hidden states: not a vocabulary, not a judge of whole texts."""
-    others = ("embed.weight", "relative.weight", "head.weight")
+    others = ("embed.weight", "relative.weight", "head.weight", "span.weight")
     return dimensions == 2 and not name.endswith(others) and not name.startswith(JUDGES)
 
 
