@@ -8,11 +8,12 @@ from pathlib import Path
 
 from lexmill.config import suggest
 from lexmill.data.forms import read_rows
-from lexmill.data.labelled import Conversation, LabelledText, Match, Question, Row
+from lexmill.data.labelled import Conversation, LabelledText, Match, Preference, Question, Row
 from lexmill.errors import ConfigError
 from lexmill.evaluate.chat import chat_scores
 from lexmill.evaluate.classify import classify_scores
 from lexmill.evaluate.embed import embed_scores
+from lexmill.evaluate.prefer import prefer_scores
 from lexmill.evaluate.qa import extractive_scores
 from lexmill.evaluate.scores import ScoreConfig, Scoring, TaskScores
 from lexmill.inference.language_model import LanguageModel
@@ -24,6 +25,7 @@ SCORERS: dict[str, tuple[type[Row], Callable[[LanguageModel, Scoring], TaskScore
     "classify": (LabelledText, classify_scores),
     "qa": (Question, extractive_scores),
     "embed": (Match, embed_scores),
+    "prefer": (Preference, prefer_scores),
 }
 
 

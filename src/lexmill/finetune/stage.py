@@ -17,6 +17,7 @@ from lexmill.finetune.config import FinetuneConfig
 from lexmill.finetune.embed import embed_lesson
 from lexmill.finetune.extractive import extractive_lesson
 from lexmill.finetune.lesson import Lesson, TaskMaker
+from lexmill.finetune.prefer import prefer_lesson
 from lexmill.finetune.rows import TaskData
 from lexmill.model.adapter import Adapter
 from lexmill.model.adapter_files import AdapterDirectory, write_adapter
@@ -48,6 +49,7 @@ TASKS: dict[str, TaskMaker] = {
     "classify": classify_lesson,
     "qa": extractive_lesson,
     "embed": embed_lesson,
+    "prefer": prefer_lesson,
 }
 
 
@@ -109,6 +111,8 @@ def finetune(
     form = task_data(config, data).form
     progress.say(f"  {lesson.told}" + (f", rows of the form '{form}'" if form else ""))
     model, adapter = _build(config, base, progress)
+    if lesson.begin:
+        lesson.begin(model.to(processes.device), config.micro_rows or config.rows, progress)
     rows = {
         "rows": config.rows,
         "length": lesson.length,
