@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lexmill.errors import FileError, TrainingError
+from lexmill.errors import ConfigError, FileError, TrainingError
 from lexmill.model.config import ModelConfig
 from lexmill.model.decoder import Decoder
 from lexmill.progress import SILENT, Progress
@@ -379,10 +379,45 @@ def test_the_best_weights_are_kept(tmp_path):
 
     hooks = Hooks(validate=validate)
     decoder, result, _ = train_with(causal_loss, tmp_path, hooks=hooks, keep_best=True)
-    assert (result.best_step, result.best_loss) == (10, 1.0)
+    assert (result.best_step, result.best, result.metric) == (10, 1.0, "loss")
     final = decoder.weights()
     assert all(np.array_equal(final[name], seen[1][name]) for name in final)
     assert not np.array_equal(seen[-1]["embed.weight"], final["embed.weight"])
+
+
+@pytest.mark.parametrize(
+    "metric, figures, steps, best",
+    [
+        ("bleu", [1.0, 3.0, 2.0, 3.0, 9.0], 20, 3.0),  # equal is no better
+        ("loss", [3.0, 1.0, 1.5, 1.2, 0.1], 20, 1.0),
+        ("loss", [float("nan"), 1.0, 0.5, 0.4, 0.3], 24, 0.3),
+        ("bleu", [float("nan"), float("nan"), 3.0, 4.0, 5.0], 10, None),
+    ],
+)
+def test_training_stops_when_validation_gets_no_better(tmp_path, metric, figures, steps, best):
+    seen = []
+
+    def validate(model):
+        seen.append(model.weights())
+        return {f"validation_{metric}": figures[len(seen) - 1], "validation_other": 0.0}
+
+    options = {"patience": 2, "stop_metric": "" if metric == "loss" else metric}
+    decoder, result, said = train_with(causal_loss, tmp_path, hooks=Hooks(validate=validate), **options)
+    assert (result.steps, result.best, result.stopped_early) == (steps, best, steps < 24)
+    assert result.metric == (metric if best else "")
+    assert any("so training stops" in line for line in said) == (steps < 24)
+    kept = seen[result.best_step // 5 - 1 if result.best_step < 24 else -1] if best else seen[-1]
+    final = decoder.weights()
+    assert all(np.array_equal(final[name], kept[name]) for name in final)
+
+
+def test_a_figure_that_validation_does_not_give_is_named(tmp_path):
+    hooks = Hooks(validate=lambda model: {"validation_loss": 1.0, "validation_bleu": 0.0})
+    with pytest.raises(ConfigError, match=r"'stop_metric' is 'blue'") as caught:
+        train_with(causal_loss, tmp_path, hooks=hooks, stop_metric="blue")
+    assert "bleu" in caught.value.hint
+    with pytest.raises(ConfigError, match="nothing is held out"):
+        train_with(causal_loss, tmp_path, patience=1)
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path):

@@ -21,10 +21,14 @@ from lexmill.cli.options import (
     print_json,
 )
 
+_SHOWN, _WIDTH = 3, 160  # examples, and characters of each
+
 
 def finetune(
     model: Model,
-    task: Annotated[str, typer.Option("--task", help="What to learn: chat, classify, qa, embed.")] = "chat",
+    task: Annotated[
+        str, typer.Option("--task", help="What to learn: chat, classify, embed, qa, summarise, translate.")
+    ] = "chat",
     data: Annotated[
         Path | None,
         typer.Option(
@@ -44,6 +48,10 @@ def finetune(
     lora: Annotated[bool, typer.Option("--lora", help="Train an adapter; the model stays as it is.")] = False,
     steps: Annotated[int | None, typer.Option(help="Budget in steps.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget in minutes.")] = None,
+    score: Annotated[
+        bool,
+        typer.Option("--score/--no-score", help="Score validation rows before and after."),
+    ] = True,
     overrides: Set = None,
     plan: Plan = False,
     processes: PlanProcesses = None,
@@ -60,14 +68,13 @@ def finetune(
     from lexmill.config import apply_overrides, from_mapping
     from lexmill.devices import process_rank
     from lexmill.errors import ConfigError
-    from lexmill.evaluate.tuning import tune
     from lexmill.finetune.stage import FinetuneConfig
-    from lexmill.finetune.stage import finetune as run_finetune
     from lexmill.inference.language_model import find_model
     from lexmill.model.directory import ModelDirectory
     from lexmill.recipe.steps import answer_question
+    from lexmill.recipe.tuned import finetune_and_score
 
-    table: dict[str, Any] = {"steps": steps, "minutes": minutes, "form": form}
+    table: dict[str, Any] = {"steps": steps, "minutes": minutes, "form": form, "score": score}
     table = {name: value for name, value in table.items() if value is not None}
     table = apply_overrides({"task": task, **table, **({"lora": {}} if lora else {})}, overrides or ())
     config = from_mapping(FinetuneConfig, table, "finetune")
@@ -79,23 +86,42 @@ def finetune(
         raise ConfigError(
             "Fine-tuning needs --data and --out.", "Or give --plan, to see what a run will cost."
         )
-    made, result = run_finetune(
+    made, result, scores = finetune_and_score(
         config,
         base,
         data,
         out,
         validation=validation,
         reply=answer_question,
-        tune=tune,
         progress=make_progress(quiet or json),
     )
     if process_rank():
         return  # the first process speaks for all
     kind = "adapter" if config.lora else "model"
     if json:
-        print_json({**vars(result), kind: str(made.path)})
-    else:
-        typer.echo(f"{result.steps:,} steps, {result.seconds:.0f} s; {kind} in {made.path}")
+        print_json({**vars(result), kind: str(made.path)} | ({"scores": scores} if scores else {}))
+        return
+    if scores:
+        _show_scores(scores, quiet)
+    typer.echo(f"{result.steps:,} steps, {result.seconds:.0f} s; {kind} in {made.path}")
+
+
+def _show_scores(scores: dict[str, Any], quiet: bool) -> None:
+    """A line a figure, before and after, and some of what was written."""
+    for part, sides in scores.items():
+        if part in ("rows", "details", "examples"):
+            continue
+        before, after = sides.get("before", {}), sides.get("after", {})
+        for name, value in (after or before).items():
+            if name == "targets":
+                continue
+            earlier = f"{before[name]:>10,.4f}  ->" if name in before else " " * 14
+            typer.echo(f"{part + ' ' + name.replace('_', ' '):<32} {earlier} {value:>10,.4f}")
+    for example in [] if quiet else scores.get("examples", [])[:_SHOWN]:
+        typer.echo("")
+        for name in ("question", "expected", "before", "after"):
+            if name in example:
+                typer.echo(f"  {name:<9} {' '.join(example[name].split())[:_WIDTH]}")
 
 
 def _plan(

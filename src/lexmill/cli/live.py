@@ -148,9 +148,13 @@ def training_figures(task: LiveTask) -> list[Text]:
         best, step = task.best_validation
         found.append(("validation", f"{newest['validation_loss']:.4f}", f"best {best:.4f} at step {step:,}"))
     for name, value in newest.items():
-        if name.startswith("validation_") and name.endswith("_accuracy"):
-            what = name.removeprefix("validation_").removesuffix("_accuracy")
-            found.append((f"{what} right", f"{100 * value:.1f} %", ""))
+        what = name.removeprefix("validation_")
+        if what == name or what.endswith("loss"):
+            continue
+        if what.endswith("_accuracy"):
+            found.append((f"{what.removesuffix('_accuracy')} right", f"{100 * value:.1f} %", ""))
+        else:
+            found.append((what.replace("_", " "), f"{value:.4g}", ""))
     rate = newest.get("tokens_per_second")
     found += [("tokens/s", f"{rate:,.0f}", "")] if rate is not None else []
     for name, label in (("learning_rate_factor", "learning rate ×"), ("gradient_norm", "gradient norm")):

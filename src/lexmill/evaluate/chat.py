@@ -10,6 +10,7 @@ from lexmill.evaluate.loss import mean_loss
 from lexmill.evaluate.scores import Scoring, TaskScores
 from lexmill.finetune.chat import to_examples
 from lexmill.inference.language_model import LanguageModel
+from lexmill.inference.together import write_ids
 
 
 def chat_scores(model: LanguageModel, scoring: Scoring) -> TaskScores:
@@ -22,11 +23,10 @@ def chat_scores(model: LanguageModel, scoring: Scoring) -> TaskScores:
     talks = [cast(Conversation, row).messages for row in scoring.rows]
     found = mean_loss(model, to_examples(talks, model.tokenizer, model.config.context))
     asked = [pair for pair in map(first_exchange, talks) if pair]
-    given: list[str] = []
+    prompts = [model.tokenizer.encode(model.render_chat(messages)) for messages, _ in asked]
     with scoring.progress.task("answering", len(asked), "conversations") as task:
-        for messages, _ in asked:
-            given.append(model.chat(messages, max_tokens=config.max_tokens))
-            task.advance()
+        written = write_ids(model, prompts, **config.options, done=task.advance)
+    given = [model.tokenizer.decode(ids, skip_special=True) for ids in written]
     right = sum(said.strip() == reply.strip() for said, (_, reply) in zip(given, asked, strict=True))
     return TaskScores(
         task="chat",

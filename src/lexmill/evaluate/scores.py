@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lexmill.data.labelled import Row, RowSettings
 from lexmill.errors import ConfigError
+from lexmill.finetune.writing import Asking
+from lexmill.inference.language_model import LanguageModel
 from lexmill.progress import SILENT, Progress
 
 
@@ -22,6 +24,13 @@ class ScoreConfig(RowSettings):
     examples: int = 10  # kept for a reader
     reference: str = ""  # prefer: the model that training began with; an adapter's is its base
     language: str = "auto"  # of answers: "en" is scored as SQuAD, "zh" as CMRC 2018; auto: as they look
+    too_long: Literal["error", "cut", "drop"] = "error"  # rows that the model cannot read whole
+    instruction: str = ""  # of tasks that write, if not the words of the model's training
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of writing."""
+        return {"beams": self.beams, "max_tokens": self.max_tokens, "length_penalty": self.length_penalty}
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "beams"):
@@ -29,13 +38,26 @@ class ScoreConfig(RowSettings):
                 raise ConfigError(f"'{name}' must be at least 1.")
 
 
+# (model, prompts as ids, options of `write_ids`, is told how many more are done) -> what is written
+Writer = Callable[
+    [LanguageModel, Sequence[Sequence[int]], dict[str, Any], Callable[[int], None]], list[list[int]]
+]
+
+
 @dataclass(frozen=True)
 class Scoring:
-    """What is asked: rows of the task's kind, and how."""
+    """What is asked: rows of the task's kind, and how.
+
+    Attributes:
+        write: who writes, if not the model itself: another runtime.
+        asking: in which words, if not those of the model's training.
+    """
 
     rows: Sequence[Row]
     config: ScoreConfig = field(default_factory=ScoreConfig)
     progress: Progress = SILENT
+    write: Writer | None = None
+    asking: Asking | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

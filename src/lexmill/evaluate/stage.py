@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def evaluate(
     with progress.task("evaluating", 3 * len(models), "measures") as task:
         for name, one in models:
             if texts:
-                scores["text"][name] = text_scores(one, texts, config)
+                scores["text"][name] = text_scores(one, [document.text or "" for document in texts], config)
             task.advance()
             if chats and one.tokenizer.chat_template:
                 scores["replies"][name] = reply_scores(one, chats, config)
@@ -83,14 +84,22 @@ def evaluate(
     return scores
 
 
-def text_scores(model: LanguageModel, documents: list[Document], config: EvaluateConfig) -> dict[str, float]:
-    """Loss on held-out text in rows of the model's context; every token but a text's first is predicted once."""
-    tokenizer, length = model.tokenizer, model.config.context
+def text_scores(
+    model: LanguageModel, texts: Iterable[str], config: EvaluateConfig, length: int | None = None
+) -> dict[str, float]:
+    """Loss on held-out text; every token but a text's first is predicted once.
+
+    Args:
+        length: tokens of a row; the model's context when not given.
+    """
+    tokenizer, length = model.tokenizer, length or model.config.context
     examples: list[Example] = []
     size = tokens = 0
     begin = [] if tokenizer.ids.bos is None else [tokenizer.ids.bos]
-    for document in documents:
-        ids = np.array(begin + tokenizer.encode(document.text or "", special=False), np.int64)
+    for text in texts:
+        if tokens >= config.text_tokens:
+            break
+        ids = np.array(begin + tokenizer.encode(text, special=False), np.int64)
         for start in range(0, len(ids) - 1, length):
             if tokens >= config.text_tokens:
                 break

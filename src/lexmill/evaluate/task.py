@@ -8,24 +8,44 @@ from pathlib import Path
 
 from lexmill.config import suggest
 from lexmill.data.forms import read_rows
-from lexmill.data.labelled import Conversation, LabelledText, Match, Preference, Question, Row
+from lexmill.data.labelled import (
+    Conversation,
+    LabelledText,
+    Match,
+    Preference,
+    Question,
+    Row,
+    TextPair,
+)
 from lexmill.errors import ConfigError
 from lexmill.evaluate.chat import chat_scores
 from lexmill.evaluate.classify import classify_scores
 from lexmill.evaluate.embed import embed_scores
 from lexmill.evaluate.prefer import prefer_scores
 from lexmill.evaluate.qa import extractive_scores
-from lexmill.evaluate.scores import ScoreConfig, Scoring, TaskScores
+from lexmill.evaluate.scores import ScoreConfig, Scoring, TaskScores, Writer
+from lexmill.evaluate.writing import summary_scores, translation_scores, written_answer_scores
 from lexmill.inference.language_model import LanguageModel
 from lexmill.progress import SILENT, Progress
 
+TaskScorer = Callable[[LanguageModel, Scoring], TaskScores]
+
+
+def qa_scores(model: LanguageModel, scoring: Scoring) -> TaskScores:
+    """Of an encoder, which finds answers; or of a model that writes them."""
+    scorer = extractive_scores if model.config.shape == "encoder" else written_answer_scores
+    return scorer(model, scoring)
+
+
 # A new task: a file with a function that scores it; its name here, with the kind of row that it takes.
-SCORERS: dict[str, tuple[type[Row], Callable[[LanguageModel, Scoring], TaskScores]]] = {
+SCORERS: dict[str, tuple[type[Row], TaskScorer]] = {
     "chat": (Conversation, chat_scores),
     "classify": (LabelledText, classify_scores),
-    "qa": (Question, extractive_scores),
     "embed": (Match, embed_scores),
     "prefer": (Preference, prefer_scores),
+    "qa": (Question, qa_scores),
+    "summarise": (TextPair, summary_scores),
+    "translate": (TextPair, translation_scores),
 }
 
 
@@ -35,17 +55,30 @@ def score_task(
     data: Path,
     config: ScoreConfig | None = None,
     progress: Progress = SILENT,
+    write: Writer | None = None,
 ) -> TaskScores:
     """Score `model` on the rows of a file.
+
+    Args:
+        write: who writes, if not the model itself; for tasks that write.
 
     Raises:
         ConfigError: there is no such task.
         DataError: no rows, or rows that the task does not take.
         ModelError: a model that cannot do the task.
     """
-    if task not in SCORERS:
-        raise ConfigError(f"There is no task '{task}'.", suggest(task, SCORERS))
-    kind, scorer = SCORERS[task]
+    kind, scorer = find_scorer(task)
     config = config or ScoreConfig()
     rows = list(itertools.islice(read_rows(data, config, kind), config.limit))
-    return scorer(model, Scoring(rows, config, progress))
+    return scorer(model, Scoring(rows, config, progress, write))
+
+
+def find_scorer(task: str) -> tuple[type[Row], TaskScorer]:
+    """The kind of row that a task takes, and what scores it.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    if task not in SCORERS:
+        raise ConfigError(f"There is no task '{task}'.", suggest(task, SCORERS))
+    return SCORERS[task]

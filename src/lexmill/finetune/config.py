@@ -9,18 +9,19 @@ from lexmill.data.labelled import RowSettings
 from lexmill.errors import ConfigError
 from lexmill.model.adapter import LoraConfig
 from lexmill.model.config import ModelConfig
-from lexmill.train.config import TrainConfig
+from lexmill.train.config import LOSS, TrainConfig
 
 _LONGEST_ROW = (
     1024  # tokens of a row where nothing is said; pretrained models have contexts of many thousands
 )
+_METRIC_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RowSettings, TrainConfig):
     """The `[finetune]` table of a recipe."""
 
-    task: Literal["chat", "classify", "qa", "embed", "prefer"] = "chat"
+    task: Literal["chat", "classify", "embed", "prefer", "qa", "summarise", "translate"] = "chat"
     lora: LoraConfig | None = None  # train an adapter, not the model
     prompts: tuple[str, ...] = ("Hello",)  # questions whose answers are shown as training goes on
     validation_fraction: float = 0.05  # of the rows of a file, where nothing else is held out
@@ -38,6 +39,16 @@ class FinetuneConfig(RowSettings, TrainConfig):
         None  # tokens in a training row; when not given the model's context, 1,024 at most
     )
     too_long: Literal["error", "cut", "drop"] = "error"  # rows longer than that: cut the source, or leave out
+    # Tasks that write
+    instruction: str = ""  # how a row is put to the model: "Summarise: {source}"; "" for the task's own words
+    separator: str = "\n\n"  # between it and the answer, where a decoder has no chat template
+    no_answer: str = "no answer"  # the answer to a question that its context does not answer
+    # Scores of the task
+    score: bool = True  # answer validation rows before and after
+    score_rows: int = 100  # at most so many
+    score_tokens: int = 128  # at most so many are written for each
+    metric_rows: int = 0  # rows that are answered at every validation; with a `stop_metric` of the task 64
+    text: str = ""  # plain text: for `text_share`, and to measure what is forgotten
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +68,15 @@ class FinetuneConfig(RowSettings, TrainConfig):
             raise ConfigError("'temperature' must be positive.")
         if self.row_length is not None and self.row_length < 4:
             raise ConfigError("'row_length' must be at least 4.")
+        if not self.no_answer.strip():
+            raise ConfigError("'no_answer' must say something.", 'For example "no answer".')
+        for name in ("score_rows", "score_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"'{name}' must be at least 1.")
+        if self.metric_rows < 0:
+            raise ConfigError("'metric_rows' must be 0 or more.")
+        if not self.metric_rows and self.stop_metric not in ("", LOSS):
+            object.__setattr__(self, "metric_rows", _METRIC_ROWS)
 
     def _chosen(self) -> tuple[str, float]:
         # measured in docs/decisions.md

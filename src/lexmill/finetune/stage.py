@@ -11,6 +11,7 @@ from torch import nn
 
 from lexmill.data.labelled import Row
 from lexmill.files import write_json
+from lexmill.finetune.answer import answer_lesson
 from lexmill.finetune.chat import chat_lesson
 from lexmill.finetune.classify import classify_lesson
 from lexmill.finetune.config import FinetuneConfig
@@ -19,6 +20,8 @@ from lexmill.finetune.extractive import extractive_lesson
 from lexmill.finetune.lesson import Lesson, TaskMaker
 from lexmill.finetune.prefer import prefer_lesson
 from lexmill.finetune.rows import TaskData
+from lexmill.finetune.summarise import summarise_lesson
+from lexmill.finetune.translate import translate_lesson
 from lexmill.model.adapter import Adapter
 from lexmill.model.adapter_files import AdapterDirectory, write_adapter
 from lexmill.model.build import build_model
@@ -39,17 +42,28 @@ __all__ = ["FinetuneConfig", "finetune", "make_lesson", "task_data"]
 
 # (model, tokenizer, question) -> the reply
 Replier = Callable[[nn.Module, Tokenizer, str], str]
+# (model) -> figures of the task by name, as they are on some validation rows
+Scorer = Callable[[nn.Module], dict[str, float]]
 
 # (task, model, tokenizer, what its lesson fitted, held-out rows) -> the same, tuned on the task's own score
 Tuner = Callable[[str, nn.Module, Tokenizer, dict[str, Any], Sequence[Row]], dict[str, Any]]
+
+
+def qa_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskData) -> Lesson:
+    """An encoder learns to find answers, other models to write them."""
+    make = extractive_lesson if model.config.shape == "encoder" else answer_lesson
+    return make(config, model, data)
+
 
 # A new task: a file with a function that makes its lesson, its name here and in `FinetuneConfig.task`.
 TASKS: dict[str, TaskMaker] = {
     "chat": chat_lesson,
     "classify": classify_lesson,
-    "qa": extractive_lesson,
     "embed": embed_lesson,
     "prefer": prefer_lesson,
+    "qa": qa_lesson,
+    "summarise": summarise_lesson,
+    "translate": translate_lesson,
 }
 
 
@@ -72,6 +86,7 @@ def task_data(config: FinetuneConfig, data: Path, validation: Path | None = None
         fraction=config.validation_fraction,
         seed=config.seed,
         settings=config,
+        text=Path(config.text) if config.text else None,
     )
 
 
@@ -83,6 +98,7 @@ def finetune(
     *,
     validation: Path | None = None,
     reply: Replier | None = None,
+    score: Scorer | None = None,
     tune: Tuner | None = None,
     progress: Progress = SILENT,
 ) -> tuple[ModelDirectory | AdapterDirectory, TrainResult]:
@@ -92,7 +108,8 @@ def finetune(
         data: the folder that `prepare` wrote, or a file of rows.
         out: gets `model/`, or with `config.lora` the adapter's own files; and what training leaves.
         validation: a file of rows to measure on; else a part of the data.
-        reply: answers a question; called for each of `config.prompts` as training goes on.
+        reply: answers a question; called for each of `config.prompts` as training for chat goes on.
+        score: gives what `config.stop_metric` may name; called at each validation.
         tune: chooses on held-out rows what a task leaves open (`lexmill.evaluate.tuning.tune`).
 
     Returns:
@@ -124,7 +141,12 @@ def finetune(
 
     def validate(model: nn.Module) -> dict[str, float]:
         figures = measure(model, lesson.loss, on_device).figures("validation")
-        return {name.replace("tokens", lesson.targets): value for name, value in figures.items()}
+        figures = {name.replace("tokens", lesson.targets): value for name, value in figures.items()}
+        if score is not None:
+            model.eval()
+            figures |= {f"validation_{name}": value for name, value in score(model).items()}
+            model.train()
+        return figures
 
     def show_replies(model: nn.Module, step: int) -> None:
         if reply is None:
@@ -144,7 +166,7 @@ def finetune(
         label="fine-tuning",
         hooks=Hooks(
             validate=validate if on_device else None,
-            sample=show_replies if reply and base.config.shape == "decoder" else None,
+            sample=show_replies if reply and config.task == "chat" else None,
         ),
         progress=progress,
         processes=processes,

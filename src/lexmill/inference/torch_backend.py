@@ -27,30 +27,50 @@ class TorchSession:
     Args:
         model: a decoder, or an encoder–decoder.
         source: what an encoder–decoder reads first; it then writes from its start token on.
+        sources: the same for several texts.
     """
 
-    def __init__(self, model: Any, source: Sequence[int] = ()) -> None:
+    def __init__(
+        self, model: Any, source: Sequence[int] = (), *, sources: Sequence[Sequence[int]] | None = None
+    ) -> None:
         self._model = model
         self._cache = Cache(model.config)
         self._memory: Tensor | None = None
+        self._memory_mask: Tensor | None = None
         relative = model.config.positions == "relative"
         self.context = _UNLIMITED if relative else model.config.context
         if model.config.shape == "encoder_decoder":
+            tokens, mask = _padded(model, [list(source)] if sources is None else sources)
+            self._memory_mask = mask
             with torch.inference_mode():
-                self._memory = model.encode(_ids(model, [list(source)]))
+                self._memory = model.encode(tokens, mask)
 
     def read(self, ids: Sequence[int]) -> np.ndarray:
         """Read on; returns float32 logits (vocab_size,) for what follows."""
         return self.read_rows([list(ids)])[0]
 
     def read_rows(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Each text reads on, all by as many tokens: float32 logits (rows, vocab_size)."""
+        """Each text reads on: float32 logits (rows, vocab_size).
+
+        All read as many tokens, but for the first ones of a decoder, its prompts.
+        """
+        lengths = [len(row) for row in rows]
+        longest = max(lengths)
+        if min(lengths) < longest:  # on the left, so that all go on from the same place
+            assert self._cache.length == 0 and self._memory is None
+            padding = _ids(self._model, [longest - length for length in lengths])
+            self._cache = Cache(self._model.config, len(rows), padding)
+            rows = [[0] * (longest - len(row)) + list(row) for row in rows]
+        elif self._cache.length == 0 and len(rows) > 1:
+            self._cache = Cache(self._model.config, len(rows))
         tokens = _ids(self._model, rows)
         with torch.inference_mode():
             if self._memory is None:
                 hidden = self._model.hidden(tokens, cache=self._cache)
             else:
-                hidden = self._model.decode(tokens, self._memory, cache=self._cache)
+                hidden = self._model.decode(
+                    tokens, self._memory, memory_mask=self._memory_mask, cache=self._cache
+                )
             return F.linear(hidden[:, -1], self._model.head_weight).float().cpu().numpy()
 
     def reorder(self, rows: Sequence[int]) -> None:
@@ -59,6 +79,19 @@ class TorchSession:
         self._cache.reorder(index)
         if self._memory is not None:
             self._memory = self._memory[index]
+        if self._memory_mask is not None:
+            self._memory_mask = self._memory_mask[index]
+
+
+def _padded(model: Any, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+    """Rows filled up behind their ends, and which places are real, (rows, 1, 1, longest); None where all are."""
+    longest = max(len(row) for row in rows)
+    tokens = np.zeros((len(rows), longest), np.int64)
+    real = np.zeros((len(rows), longest), bool)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+        real[index, : len(row)] = True
+    return _ids(model, tokens), None if bool(real.all()) else _ids(model, real)[:, None, None]
 
 
 def all_logits(model: Any, ids: Sequence[int], decoder_ids: Sequence[int] | None = None) -> np.ndarray:
@@ -83,22 +116,14 @@ def pair_logits(model: Any, ids: Sequence[int], segments: Sequence[int]) -> np.n
 
 def hidden_rows(model: Any, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """The last hidden states of several texts at once, each (len(row), width), float32."""
-    longest = max(len(row) for row in rows)
-    tokens = np.zeros((len(rows), longest), np.int64)
-    real = np.zeros((len(rows), longest), bool)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = row
-        real[index, : len(row)] = True
-    mask = None if bool(real.all()) else _ids(model, real)[:, None, None]
+    tokens, mask = _padded(model, rows)
     with torch.inference_mode():
         if model.config.shape == "decoder":
-            hidden = model.hidden(
-                _ids(model, tokens)
-            )  # what fills a row stands behind it, where nothing looks
+            hidden = model.hidden(tokens)  # what fills a row stands behind it, where nothing looks
         elif model.config.shape == "encoder":
-            hidden = model.hidden(_ids(model, tokens), mask=mask)
+            hidden = model.hidden(tokens, mask=mask)
         else:
-            hidden = model.encode(_ids(model, tokens), mask)
+            hidden = model.encode(tokens, mask)
     return [hidden[index, : len(row)].float().cpu().numpy() for index, row in enumerate(rows)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -152,28 +153,29 @@ def _training_figures(result: Any) -> dict[str, Any]:
 
 def _finetune(place: Place) -> dict[str, Any]:
     from lexmill.devices import process_rank
-    from lexmill.evaluate.tuning import tune
-    from lexmill.finetune.stage import finetune
     from lexmill.model.adapter_files import AdapterDirectory
     from lexmill.model.directory import ModelDirectory
+    from lexmill.recipe.tuned import finetune_and_score
     from lexmill.runtimes.merge import merge_adapter
     from lexmill.train.processes import Processes
 
     base = ModelDirectory.open(place.run / "pretrain" / "model")
-    made, result = finetune(
-        place.recipe.table("finetune"),
+    config = place.recipe.table("finetune")
+    if config.task == "chat":  # the step "evaluate" does it, on more rows
+        config = dataclasses.replace(config, score=False)
+    made, result, scores = finetune_and_score(
+        config,
         base,
         place.run / "prepare",
         place.work / "finetune",
         reply=answer_question,
-        tune=tune,
         progress=place.progress,
     )
     if isinstance(made, AdapterDirectory):  # the steps that follow take a whole model
         with Processes.join().first_alone():
             if not process_rank():
                 merge_adapter(made, place.work / "finetune" / "model", dtype="f32")
-    return _training_figures(result)
+    return _training_figures(result) | _flat(scores.get(config.task, {}), config.task)
 
 
 def trained_model(place: Place) -> Path:

@@ -13,7 +13,7 @@ from lexmill.errors import ConfigError, ModelError
 from lexmill.formats.safetensors import from_bfloat16
 from lexmill.model.adapter import MergedWeights
 from lexmill.model.adapter_files import AdapterDirectory
-from lexmill.model.directory import ModelDirectory, convert
+from lexmill.model.directory import ModelDirectory, convert, write_model_directory
 from lexmill.progress import SILENT, Progress, Task
 from lexmill.runtimes.huggingface import check_target, publish
 from lexmill.runtimes.import_model import DTYPES
@@ -93,7 +93,13 @@ def merge_adapter(
     lineage.pop("adapter", None)
     with progress.task("merging", base.config.parameters, "weights") as task:
         weights = _Watched(adapter, adapter.merged(as_trained), kind, task)
-        model = publish(base, out, lineage=lineage, dtype=kind, changed=weights)
+        if base.begun:  # the adapter brings a head that the base's files have no place for
+            dtypes = {own: kind or base.weight_dtype(own) for own in weights}
+            model = write_model_directory(
+                out, base.config, weights, base.tokenizer, lineage, dtypes=dtypes, pooling=base.pooling
+            )
+        else:
+            model = publish(base, out, lineage=lineage, dtype=kind, changed=weights)
     return Merged(
         model, tuple(sorted(weights.dtypes)), weights.largest, weights.lost, adapter.quantised, as_trained
     )

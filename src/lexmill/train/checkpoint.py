@@ -39,8 +39,10 @@ class Position:
     skipped: int = 0
     precision: str = ""  # chosen by a probe at the start; another choice would be another run
     loader: dict[str, Any] | None = None
-    best_loss: float | None = None  # on validation, where the best weights are kept
+    best: float | None = None  # the best figure of a validation, where the best weights are kept
     best_step: int = 0
+    stale: int = 0  # validations since then
+    stopped: bool = False  # early, because there were too many of those
 
 
 class Checkpoints:
@@ -100,7 +102,7 @@ class Checkpoints:
         """Write the weights alone to `best`."""
         weights = self._weights()
         if self._processes.first:
-            facts = {"step": position.step, "loss": position.best_loss}
+            facts = {"step": position.step, "best": position.best}
             self._in_background(lambda: self._write(self._folder / _BEST, (weights,), facts))
 
     def wait(self) -> None:

@@ -9,6 +9,14 @@ from lexmill.errors import ConfigError
 from lexmill.train.parallel import Sharding
 from lexmill.train.trackers import TrackerName, require_trackers
 
+LOSS = "loss"
+_FALL = (LOSS, "perplexity", "error", "bits_per_byte")  # figures that end so are better when lower
+
+
+def lower_is_better(figure: str) -> bool:
+    """Whether a figure of this name should fall: losses, perplexities, errors; all others should rise."""
+    return figure.endswith(_FALL)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -32,7 +40,9 @@ class TrainConfig:
     sample_every: int = 200  # steps
     checkpoint_seconds: float = 15.0
     keep_last: int = 2  # checkpoints
-    keep_best: bool = False  # end with the weights of the lowest validation loss, not with the last ones
+    keep_best: bool = False  # end with the weights of the best validation, not with the last ones
+    stop_metric: str = ""  # what is best: a figure of validations, without "validation_"; "" is the loss
+    patience: int = 0  # stop after so many validations in a row without a better one, keep the best; 0: never
     max_skipped: int = 10  # steps in a row without a finite gradient, then training stops
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False  # torch.compile, on GPUs
@@ -61,6 +71,10 @@ class TrainConfig:
                 raise ConfigError(f"'{name}' must be at least 1.")
         if self.micro_rows is not None and not 1 <= self.micro_rows <= self.rows:
             raise ConfigError(f"'micro_rows' must lie between 1 and 'rows' ({self.rows}).")
+        if self.patience < 0:
+            raise ConfigError("'patience' must be 0 (never stop early) or more.")
+        if self.patience or self.stop_metric:
+            object.__setattr__(self, "keep_best", True)
         if not 0 < self.decay <= 1:
             raise ConfigError("'decay' must lie in (0, 1].")
         require_trackers(self.track)  # a missing package shows now, not after preparing data

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from lexmill.config import to_mapping
-from lexmill.errors import TrainingError
+from lexmill.config import suggest, to_mapping
+from lexmill.errors import ConfigError, TrainingError
 from lexmill.files import write_json
 from lexmill.model.spreading import whole
 from lexmill.progress import SILENT, Progress
 from lexmill.train.batches import Batch, Loader
 from lexmill.train.checkpoint import Checkpoints, Position
-from lexmill.train.config import TrainConfig
+from lexmill.train.config import LOSS, TrainConfig, lower_is_better
 from lexmill.train.memory import explain_no_memory
 from lexmill.train.metrics import MetricsLog
 from lexmill.train.objective import Objective
@@ -61,7 +61,9 @@ class TrainResult:
     skipped: int
     precision: str
     best_step: int = 0  # where the weights come from, if the best ones are kept
-    best_loss: float | None = None
+    best: float | None = None  # their figure, `metric`
+    metric: str = ""
+    stopped_early: bool = False
 
 
 def train(
@@ -164,6 +166,9 @@ class _Run:
         )
         self.log = MetricsLog(folder / "metrics.jsonl" if processes.first else None)
         self.watch = LossWatch()
+        self.metric = config.stop_metric or LOSS
+        if config.patience and self.hooks.validate is None:
+            raise ConfigError("'patience' needs validation, and nothing is held out to validate on.")
         self.note = ""
         self._slow_seconds = 0.0
         self._skipped_in_a_row = 0
@@ -171,8 +176,8 @@ class _Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the budget is used up."""
-        return 0 < self.position.total_steps <= self.position.step
+        """Whether the budget is used up, or training stopped early."""
+        return self.position.stopped or 0 < self.position.total_steps <= self.position.step
 
     def resume(self) -> None:
         """Start at the newest checkpoint, or from nothing."""
@@ -328,13 +333,29 @@ class _Run:
             self.model.train()
 
     def _keep_best(self, figures: dict[str, float]) -> None:
-        if not self.config.keep_best:
+        """Keep the weights if this validation is the best one; stop when too many were not."""
+        config, position = self.config, self.position
+        if not config.keep_best:
             return
-        loss = self.processes.as_first_says(figures.get("validation_loss"))
-        best = self.position.best_loss
-        if loss is not None and (best is None or loss < best):
-            self.position.best_loss, self.position.best_step = loss, self.position.step
-            self.checkpoints.save_best(self.position)
+        if f"validation_{self.metric}" not in figures:
+            known = [name.removeprefix("validation_") for name in figures]
+            raise ConfigError(
+                f"'stop_metric' is '{self.metric}', which a validation of this run does not give.",
+                suggest(self.metric, known),
+            )
+        found = self.processes.as_first_says(figures[f"validation_{self.metric}"])
+        sign = -1 if lower_is_better(self.metric) else 1
+        if math.isfinite(found) and (position.best is None or sign * found > sign * position.best):
+            position.best, position.best_step, position.stale = found, position.step, 0
+            self.checkpoints.save_best(position)
+            return
+        position.stale += 1
+        if config.patience and position.stale >= config.patience and not self.finished:
+            position.stopped = True
+            self.progress.say(
+                f"  {position.stale} validations without a better {self.metric.replace('_', ' ')}, so training "
+                f"stops; the best was at step {position.best_step:,}"
+            )
 
     def save(self) -> None:
         """Write a checkpoint, beside training."""
@@ -345,7 +366,7 @@ class _Run:
     def finish(self) -> TrainResult:
         """The end of the run: the model in its final state, no checkpoints."""
         position = self.position
-        if position.best_loss is not None:
+        if position.best is not None:
             self.checkpoints.load_best()
         self.model.eval()
         self.log.close()
@@ -358,7 +379,9 @@ class _Run:
             position.skipped,
             self.precision,
             position.best_step,
-            position.best_loss,
+            position.best,
+            self.metric if position.best is not None else "",
+            position.stopped,
         )
 
 
