@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lexmill.errors import DataError
 from lexmill.evaluate.chat import first_exchange
 from lexmill.evaluate.gaps import FillCase, fill_scores, pretraining_scores
 from lexmill.evaluate.loss import mean_loss
+from lexmill.evaluate.scores import ScoreConfig
 from lexmill.finetune.chat import to_examples
 from lexmill.inference.language_model import LanguageModel
 from lexmill.progress import SILENT, Progress
@@ -30,6 +31,7 @@ class EvaluateConfig:
     replies: int = 100  # conversations answered in full, at most, held-out and seen ones each
     reply_tokens: int = 48
     examples: int = 12  # question-and-answer pairs kept for the report
+    task: ScoreConfig = field(default_factory=ScoreConfig)  # of a recipe with the step `rows`
     fill: tuple[FillCase, ...] = ()  # sentences with a gap, and what should be among the best fillings
 
 

@@ -14,7 +14,9 @@ from lexmill.errors import ConfigError, FileError
 # planning starts without torch.
 STEPS: dict[str, str] = {
     "prepare": "lexmill.data.prepare:PrepareConfig",
+    "rows": "lexmill.recipe.task_steps:RowsConfig",
     "tokenizer": "lexmill.tokenizer.training:TokenizerConfig",
+    "base": "lexmill.recipe.task_steps:BaseConfig",
     "pretrain": "lexmill.pretrain.stage:PretrainConfig",
     "finetune": "lexmill.finetune.stage:FinetuneConfig",
     "evaluate": "lexmill.evaluate.stage:EvaluateConfig",
@@ -22,6 +24,9 @@ STEPS: dict[str, str] = {
     "verify": "lexmill.recipe.steps:VerifyConfig",
     "report": "lexmill.recipe.steps:ReportConfig",
 }
+# Steps that a recipe has only where it names them: labelled rows, and a model that it does not pretrain.
+_NAMED_ONLY = ("rows", "base")
+DEFAULT_STEPS = tuple(step for step in STEPS if step not in _NAMED_ONLY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +37,7 @@ class Recipe:
     description: str
     base: Path
     tables: dict[str, dict[str, Any]]
-    steps: tuple[str, ...] = tuple(STEPS)
+    steps: tuple[str, ...] = DEFAULT_STEPS
 
     def table(self, step: str) -> Any:
         """The step's configuration, checked.
@@ -61,7 +66,7 @@ def read_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
         raise FileError(f"{path}: there is no such recipe.", "Try recipes/quickstart.toml.")
     values = apply_overrides(read_toml(path), overrides)
     name, description = values.pop("name", path.stem), values.pop("description", "")
-    steps = _chosen_steps(values.pop("steps", list(STEPS)), path)
+    steps = _chosen_steps(values.pop("steps", list(DEFAULT_STEPS)), path)
     for key, value in values.items():
         if key not in STEPS:
             raise ConfigError(f"{path}: unknown table '{key}'.", suggest(key, STEPS))
@@ -80,14 +85,15 @@ def read_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
     )
 
 
-# What a step cannot do without.
+# What a step cannot do without: one of these.
 _NEEDED = {
-    "tokenizer": "prepare",
-    "pretrain": "tokenizer",
-    "finetune": "pretrain",
-    "evaluate": "pretrain",
-    "export": "pretrain",
-    "verify": "export",
+    "rows": ("finetune",),
+    "tokenizer": ("prepare", "rows"),
+    "pretrain": ("tokenizer",),
+    "finetune": ("pretrain", "base"),
+    "evaluate": ("pretrain", "base"),
+    "export": ("pretrain", "base"),
+    "verify": ("export",),
 }
 
 
@@ -98,8 +104,11 @@ def _chosen_steps(steps: Any, path: Path) -> tuple[str, ...]:
     for step in steps:
         if step not in STEPS:
             raise ConfigError(f"{path}: there is no step '{step}'.", suggest(step, STEPS))
-        if step in _NEEDED and _NEEDED[step] not in steps:
-            raise ConfigError(f"{path}: the step '{step}' needs the step '{_NEEDED[step]}'.")
+        needed = "' or '".join(_NEEDED.get(step, ()))
+        if step in _NEEDED and not set(_NEEDED[step]) & set(steps):
+            raise ConfigError(f"{path}: the step '{step}' needs the step '{needed}'.")
+    if "base" in steps and "pretrain" in steps:
+        raise ConfigError(f"{path}: a model comes from the step 'base' or from 'pretrain', not from both.")
     return tuple(step for step in STEPS if step in steps)
 
 

@@ -104,7 +104,7 @@ def _inputs(recipe: Recipe, run: Path, step: str) -> dict[str, str]:
     """The hashes of what a step reads: outputs of earlier steps, or raw files."""
     if step == "prepare":
         return _raw_files(recipe)
-    hashes: dict[str, str] = {}
+    hashes = _named_files(recipe, step) if step in ("rows", "base") else {}
     for need in (need for need in STEP_KINDS[step].needs if need in recipe.steps):
         outputs = read_record(run, need).get("outputs", {})
         hashes |= {path: entry.get("sha256", "") for path, entry in outputs.items() if not _is_log(path)}
@@ -141,6 +141,13 @@ def _raw_files(recipe: Recipe) -> dict[str, str]:
     config = recipe.table("prepare")
     files = find_inputs([source.path for source in config.sources], config.base(recipe.base))
     return {str(path): content_hash(path) for path in files}
+
+
+def _named_files(recipe: Recipe, step: str) -> dict[str, str]:
+    """The files that `[rows]` or `[base]` name, where they are there; the step says what is missing."""
+    from lexmill.recipe.task_steps import named_files
+
+    return {str(path): content_hash(path) for path in named_files(recipe, step)}
 
 
 def _why(record: dict[str, Any], parts: dict[str, Any], run: Path) -> str:

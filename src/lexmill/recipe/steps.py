@@ -82,6 +82,18 @@ def _prepare(place: Place) -> dict[str, Any]:
     return figures
 
 
+def _rows(place: Place) -> dict[str, Any]:
+    from lexmill.recipe.task_steps import check_split
+
+    return check_split(place.recipe, place.work / "rows", place.progress)
+
+
+def _base(place: Place) -> dict[str, Any]:
+    from lexmill.recipe.task_steps import make_base
+
+    return make_base(place.recipe, place.run / "tokenizer", place.work / "base", place.progress)
+
+
 def document_texts(path: Path) -> Iterator[str]:
     """The texts of documents and the contents of messages, for a tokenizer to be trained on."""
     from lexmill.data.documents import read_documents
@@ -94,16 +106,19 @@ def document_texts(path: Path) -> Iterator[str]:
 
 
 def _tokenizer(place: Place) -> dict[str, Any]:
+    from lexmill.recipe.task_steps import row_texts
     from lexmill.tokenizer.training import bytes_per_token, train_tokenizer
 
-    documents = place.run / "prepare"
+    documents = place.run / "prepare" if "prepare" in place.recipe.steps else None
+    texts = document_texts(documents / "train.parquet") if documents else row_texts(place.recipe)
     with place.progress.task("training the tokenizer", None, "documents"):
-        tokenizer = train_tokenizer(
-            document_texts(documents / "train.parquet"), place.recipe.table("tokenizer")
-        )
+        tokenizer = train_tokenizer(texts, place.recipe.table("tokenizer"))
     tokenizer.save(place.work / "tokenizer")
-    held_out = bytes_per_token(tokenizer, document_texts(documents / "validation.parquet"))
-    return {"vocabulary": tokenizer.vocab_size, "bytes per token (held out)": round(held_out, 4)}
+    figures: dict[str, Any] = {"vocabulary": tokenizer.vocab_size}
+    if documents:
+        held_out = bytes_per_token(tokenizer, document_texts(documents / "validation.parquet"))
+        figures["bytes per token (held out)"] = round(held_out, 4)
+    return figures
 
 
 def continue_text(network: Any, tokenizer: Any, prompt: str) -> str:
@@ -159,15 +174,21 @@ def _finetune(place: Place) -> dict[str, Any]:
     from lexmill.runtimes.merge import merge_adapter
     from lexmill.train.processes import Processes
 
-    base = ModelDirectory.open(place.run / "pretrain" / "model")
+    base = ModelDirectory.open(base_model(place))
     config = place.recipe.table("finetune")
-    if config.task == "chat":  # the step "evaluate" does it, on more rows
+    data, validation = place.run / "prepare", None
+    if "rows" in place.recipe.steps:
+        data, validation = (
+            place.recipe.table("rows").path(split, place.recipe.base) for split in ("train", "validation")
+        )
+    elif config.task == "chat":  # the step "evaluate" does it, on more rows
         config = dataclasses.replace(config, score=False)
     made, result, scores = finetune_and_score(
         config,
         base,
-        place.run / "prepare",
+        data,
         place.work / "finetune",
+        validation=validation,
         reply=answer_question,
         progress=place.progress,
     )
@@ -178,30 +199,36 @@ def _finetune(place: Place) -> dict[str, Any]:
     return _training_figures(result) | _flat(scores.get(config.task, {}), config.task)
 
 
+def base_model(place: Place) -> Path:
+    """The model directory that fine-tuning begins with."""
+    return place.run / ("base" if "base" in place.recipe.steps else "pretrain") / "model"
+
+
 def trained_model(place: Place) -> Path:
     """The model directory of the last training step of the recipe."""
-    return place.run / ("finetune" if "finetune" in place.recipe.steps else "pretrain") / "model"
+    return place.run / "finetune" / "model" if "finetune" in place.recipe.steps else base_model(place)
 
 
 def _evaluate(place: Place) -> dict[str, Any]:
     from lexmill.evaluate.stage import evaluate
     from lexmill.inference.language_model import load
+    from lexmill.recipe.task_steps import compare_on_task
 
-    tuned = "finetune" in place.recipe.steps
-    scores = evaluate(
-        place.recipe.table("evaluate"),
-        load(trained_model(place)),
-        place.run / "prepare",
-        base=load(place.run / "pretrain" / "model") if tuned else None,
-        progress=place.progress,
-    )
+    config = place.recipe.table("evaluate")
+    base = load(base_model(place)) if "finetune" in place.recipe.steps else None
+    if "rows" in place.recipe.steps:
+        scores = compare_on_task(place.recipe, config.task, load(trained_model(place)), base, place.progress)
+    else:
+        scores = evaluate(
+            config, load(trained_model(place)), place.run / "prepare", base=base, progress=place.progress
+        )
     write_json(place.work / "evaluate" / "scores.json", scores)
     fillings = {f"fill {case['text']}": case["said"] for case in scores.get("fill", ())}
     return fillings | _flat({key: scores[key] for key in SCORES if scores.get(key)})
 
 
 # Parts of scores.json that are figures.
-SCORES = ("text", "replies", "pretraining")
+SCORES = ("text", "replies", "pretraining", "task")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -307,25 +334,32 @@ _RUNTIMES = (*_BASE, "tokenizer", "model", "formats", "inference", "runtimes")
 
 STEP_KINDS: dict[str, StepKind] = {
     "prepare": StepKind((), (*_BASE, "data"), {"prepare": "prepare"}, _prepare),
-    "tokenizer": StepKind(("prepare",), (*_BASE, "tokenizer"), {"tokenizer": "tokenizer"}, _tokenizer),
+    "rows": StepKind((), (*_BASE, "data"), {"rows": "rows"}, _rows),
+    "tokenizer": StepKind(("prepare", "rows"), (*_BASE, "tokenizer"), {"tokenizer": "tokenizer"}, _tokenizer),
+    "base": StepKind(
+        ("tokenizer",), (*_BASE, "tokenizer", "model", "formats", "runtimes"), {"base": "base"}, _base
+    ),
     "pretrain": StepKind(
         ("prepare", "tokenizer"), (*_TRAINING, "pretrain"), {"pretrain": "pretrain"}, _pretrain
     ),
     "finetune": StepKind(
-        ("prepare", "pretrain"), (*_TRAINING, "finetune"), {"finetune": "finetune"}, _finetune
+        ("prepare", "rows", "base", "pretrain"), (*_TRAINING, "finetune"), {"finetune": "finetune"}, _finetune
     ),
     "evaluate": StepKind(
-        ("prepare", "pretrain", "finetune"),
+        ("prepare", "rows", "base", "pretrain", "finetune"),
         (*_TRAINING, "pretrain", "finetune", "inference", "evaluate"),
         {"evaluate": "evaluate"},
         _evaluate,
     ),
     "export": StepKind(
-        ("pretrain", "finetune", "evaluate"), _RUNTIMES, {"export": "export", "model": "model"}, _export
+        ("base", "pretrain", "finetune", "evaluate"),
+        _RUNTIMES,
+        {"export": "export", "model": "model"},
+        _export,
     ),
     "verify": StepKind(("export",), _RUNTIMES, {"verify.json": "verify.json"}, _verify),
     "report": StepKind(
-        ("prepare", "tokenizer", "pretrain", "finetune", "evaluate", "export", "verify"),
+        ("prepare", "rows", "tokenizer", "base", "pretrain", "finetune", "evaluate", "export", "verify"),
         (
             "page",
             "assets",
@@ -345,6 +379,7 @@ STEP_KINDS: dict[str, StepKind] = {
 STEP_PACKAGES: dict[str, tuple[str, ...]] = {
     "prepare": ("pyarrow", "resiliparse", "markdown-it-py"),
     "tokenizer": ("tokenizers",),
+    "base": ("torch", "tokenizers"),
     "pretrain": ("torch", "tokenizers"),
     "finetune": ("torch", "tokenizers"),
     "evaluate": ("torch", "tokenizers"),
