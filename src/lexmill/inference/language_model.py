@@ -259,13 +259,15 @@ class LanguageModel:
         """
         require_labels(self.config.labels)
         first = [texts] if isinstance(texts, str) else list(texts)
-        others = [second] if isinstance(second, str) else list(second) if second is not None else None
-        if others is not None and len(others) != len(first):
+        others: list[str | None] = [None] * len(first)
+        if second is not None:
+            others = [second] if isinstance(second, str) else list(second)
+        if len(others) != len(first):
             raise DataError(f"There are {len(first):,} texts, but {len(others):,} second ones.")
         for number, text in enumerate(first, 1):
             if not text.strip():
                 raise DataError(f"Text {number} is empty.")
-        asked = list(zip(first, others or [None] * len(first), strict=True))
+        asked = list(zip(first, others, strict=True))
         logits = self.label_logits(asked, rows=rows)
         return label_probabilities(logits, self.config.labels, temperature_of(self.lineage))
 
