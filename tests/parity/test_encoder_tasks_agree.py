@@ -16,7 +16,7 @@ from lexmill.inference.language_model import load
 from lexmill.model.adapter import LoraConfig
 from lexmill.model.build import build_model
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS
-from lexmill.model.directory import write_model_directory
+from lexmill.model.directory import ModelDirectory, write_model_directory
 from lexmill.model.heads import with_labels, with_span
 from lexmill.runtimes.merge import merge_adapter
 from lexmill.tokenizer.pairs import encode_pairs
@@ -214,3 +214,21 @@ def test_retrieval_scores_are_those_of_sentence_transformers():
     assert mine["mrr_10"] == pytest.approx(theirs["mrr@k"][10], abs=1e-5)
     for k in (1, 5, 10):
         assert mine[f"recall_{k}"] == pytest.approx(theirs["recall@k"][k], abs=1e-5)
+
+
+@pytest.mark.parametrize(("head", "said"), [("labels", "tells labels apart"), ("span", "finds answers")])
+def test_what_gguf_cannot_hold_is_refused(models, head, said, tmp_path):
+    from lexmill.errors import ModelError
+    from lexmill.runtimes.llama_cpp import export_gguf
+    from lexmill.runtimes.model_card import model_card
+    from lexmill.runtimes.ollama import write_modelfile
+
+    made = headed(models("bert"), head)
+    path = write_model_directory(tmp_path / "made", made.config, made.weights(), made.tokenizer).path
+    with pytest.raises(ModelError, match=said):
+        export_gguf(path, tmp_path / "x.gguf")
+    with pytest.raises(ModelError, match=said):
+        write_modelfile(path, "x.gguf", tmp_path / "Modelfile")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["made"]
+    card = model_card(ModelDirectory.open(path))
+    assert "no place for its head" in card and AUTO[head] in card
