@@ -16,34 +16,21 @@
 #include <cstring>
 #include <vector>
 
+#include "bfloat16.h"
 #include "training.h"
 
 namespace lexmill {
 namespace LEXMILL_ISA {
 namespace {
 
-typedef uint16_t bf16;
-
 constexpr long kStep = 32;  // keys, queries and head widths are filled up with zeros to multiples of it
 inline long filled(long count) { return (count + kStep - 1) / kStep * kStep; }
 
 #ifdef LEXMILL_AMX
-struct Tiles {  // of 16 rows of 64 bytes; other libraries set their own before they compute
-    Tiles() {
-        struct alignas(64) {
-            uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t bytes[16] = {};
-            uint8_t rows[16] = {};
-        } shape;
-        for (int i = 0; i < 8; ++i) shape.bytes[i] = 64, shape.rows[i] = 16;
-        _tile_loadconfig(&shape);
-    }
-    ~Tiles() { _tile_release(); }
-};
-
 // c (rows × columns) = or += a (rows × depth) b; rows and depth are multiples of 32, columns of 32.
 void product(float* c, long c_row, const bf16* a, long a_row, const uint32_t* b, long b_row, long rows, long columns,
              long depth, bool add) {
+    finish_stores();
     for (long i = 0; i < rows; i += 32)
         for (long j = 0; j < columns; j += 32) {
             float *c0 = c + i * c_row + j, *c1 = c0 + 16 * c_row;
@@ -75,8 +62,6 @@ void product(float* c, long c_row, const bf16* a, long a_row, const uint32_t* b,
         }
 }
 #else
-struct Tiles {};
-
 void product(float* c, long c_row, const bf16* a, long a_row, const uint32_t* b, long b_row, long rows, long columns,
              long depth, bool add) {
     constexpr int kRows = 8;
@@ -111,12 +96,6 @@ struct Head {
 
 Head head_of(const void* tensor, const Strides& s, long batch, long head) {
     return {static_cast<const bf16*>(tensor) + batch * s.batch + head * s.head, s.time};
-}
-
-template <class T>
-T* room(std::vector<T>& space, long count) {
-    if (long(space.size()) < count) space.resize(size_t(count));
-    return space.data();
 }
 
 // What a thread works in; kept from call to call.
@@ -177,8 +156,6 @@ inline __m256i rounded(__m512 numbers) { return (__m256i)_mm512_cvtneps_pbh(numb
 inline __m512i paired(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
-
-inline __mmask16 lanes(long count) { return __mmask16(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1); }
 
 // Columns of `from`, (width, queries), become rows of bfloat16, each times its factor.
 void turn_back(const float* from, long from_row, long count, long width, const float* factor, bf16* to, long to_row) {

@@ -38,12 +38,13 @@ struct Steps {
     void (*cross_entropy)(const CrossEntropy&, long, long);
     void (*attention)(const Attention&, long, long);  // null where there is none
     void (*attention_back)(const AttentionBack&, long, long, float*);
+    void (*weight_gradient)(const WeightGradient&, long, long);
 };
 
 #define LEXMILL_STEPS(isa)                                                                      \
     Steps {                                                                                     \
         isa::add_norm, isa::add_norm_back, isa::gated, isa::gated_back, isa::rotate, isa::softmax, \
-            isa::softmax_back, isa::cross_entropy, nullptr, nullptr                             \
+            isa::softmax_back, isa::cross_entropy, nullptr, nullptr, nullptr                    \
     }
 
 Steps steps = LEXMILL_STEPS(portable);
@@ -105,7 +106,7 @@ long rows_grain(long width) { return std::max<long>(1, 4096 / std::max<long>(1, 
 using namespace lexmill;
 
 // Which instruction set is used: 0 portable, 1 AVX2, 2 AVX-512, 3 with its products of bfloat16, 4 AMX; from
-// 3 on there is attention. `at_most` holds it down, for tests.
+// 3 on there is attention, with 4 the gradient of weights. `at_most` holds it down, for tests.
 EXPORT int lexmill_begin(void* run, void* number, void* count, int at_most) {
     parallel = reinterpret_cast<Parallel>(run);
     thread_number = reinterpret_cast<Number>(number);
@@ -121,6 +122,7 @@ EXPORT int lexmill_begin(void* run, void* number, void* count, int at_most) {
 #ifdef LEXMILL_ATTENTION
         if (at_most >= 4 && may_use_tiles()) {
             steps.attention = amx::attention, steps.attention_back = amx::attention_back;
+            steps.weight_gradient = amx::weight_gradient;
             return 4;
         }
         if (at_most >= 3 && __builtin_cpu_supports("avx512bf16")) {
@@ -194,4 +196,9 @@ EXPORT void lexmill_attention_back(const AttentionBack* a, int threads) {
         steps.attention_back(*a, first, end, count ? sums.data() + number * count : nullptr);
     });
     if (count) add_up(sums, count, threads, count, a->to_bias);
+}
+
+EXPORT void lexmill_weight_gradient(const WeightGradient* a, int threads) {
+    spread(std::max(a->outputs, a->inputs), 32, threads,
+           [a](long, long first, long end) { steps.weight_gradient(*a, first, end); });
 }

@@ -180,6 +180,7 @@ void rotate_rows(const Rotate& a, long first, long end) {
         for (long head = 0; head < a.heads; ++head) {
             const T* from = x + batch * a.x_batch + time * a.x_time + head * a.x_head;
             T* to = y + batch * a.y_batch + time * a.y_time + head * a.y_head;
+#pragma omp simd  // also where x and y are the same
             for (long i = 0; i < half; ++i) {
                 float p = load(from, i), q = load(from, i + half), c = cos[i], s = sin[i] * a.sign;
                 store(to, i, p * c - q * s);

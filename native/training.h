@@ -97,6 +97,13 @@ struct AttentionBack {
     float* to_bias;  // as `bias`, or null
 };
 
+// Gᵀ X in float32 from G, (rows, outputs), and X, (rows, inputs), in bfloat16.
+struct WeightGradient {
+    int64_t rows, outputs, inputs, gradient_row, x_row;  // *_row: from one row to the next, in numbers
+    const void *gradient, *x;
+    float *to_weight, *to_bias;  // (outputs, inputs), (outputs); `to_bias` may be null
+};
+
 // One set of steps for each instruction set that they are compiled for.
 #define LEXMILL_DECLARE(isa)                                                                        \
     namespace isa {                                                                                 \
@@ -123,5 +130,9 @@ LEXMILL_DECLARE(avx512)
 
 LEXMILL_DECLARE_ATTENTION(avx512_bf16)
 LEXMILL_DECLARE_ATTENTION(amx)
+
+namespace amx {
+void weight_gradient(const WeightGradient&, long first, long end);
+}
 
 }  // namespace lexmill

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from lexmill.model import kernels, mlp, norms
-from lexmill.model.attend import attend
+from lexmill.model.attend import attend, attend_joined
 from lexmill.model.build import build_model
+from lexmill.model.linear import linear
 from lexmill.model.norms import RMSNorm, add_norm
 from lexmill.model.positions import rotary_table, rotate
 from lexmill.model.scope import Record, Scope
@@ -250,6 +251,109 @@ def test_compiled_attention_keeps_what_torch_can_take_away():
     for _ in range(2):  # the graph may be kept
         twice.append(torch.autograd.grad(out.float().square().sum(), (q, k, v), retain_graph=True))
     assert all(torch.equal(one, other) for one, other in zip(*twice))
+
+
+@pytest.mark.parametrize("sees", ["all", "causal", "documents"])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("time", "width", "heads", "kv_heads"), [(64, 64, 2, 2), (33, 24, 4, 2), (5, 2, 1, 1)]
+)
+def test_attention_of_what_lies_side_by_side(sees, turned, biased, time, width, heads, kv_heads):
+    """The same bits as in parts, and gradients in one tensor."""
+    if kernels.KERNELS is None or not kernels.KERNELS.attends:
+        pytest.skip("this machine has no compiled attention")
+    torch.manual_seed(time)
+    start = torch.randn(2, time, (heads + 2 * kv_heads) * width).bfloat16()
+    table = rotary_table(torch.arange(time)[None], width, 100.0) if turned else None
+    document = torch.arange(time) // 7
+    mask = (document[:, None] == document[None, :])[None, None] if sees == "documents" else None
+    down = torch.randn(2, time, heads * width).bfloat16()
+    found = []
+    for whole in (True, False):
+        leaf = start.clone().requires_grad_()
+        bias = torch.randn(1, heads, time, time, generator=torch.Generator().manual_seed(0))
+        scope = Scope(mask, sees == "causal", table, bias.requires_grad_() if biased else None)
+        joined = leaf * 1
+        if whole:
+            out = attend_joined(joined, (heads, kv_heads), scope, 0.3)
+        else:
+            q, k, v = joined.unflatten(-1, (-1, width)).split([heads, kv_heads, kv_heads], dim=2)
+            if turned:
+                q, k = rotate(q, table), rotate(k, table)
+            out = attend(*(part.transpose(1, 2) for part in (q, k, v)), scope, 0.3).transpose(1, 2).flatten(2)
+        out.backward(down)
+        found.append([out.detach(), leaf.grad, *([bias.grad] if biased else [])])
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+    assert attend_joined(start, (heads, kv_heads), scope, 0.3) is None  # no gradient is wanted
+    assert attend_joined(start.float().requires_grad_() * 1, (heads, kv_heads), scope, 0.3) is None
+
+
+@pytest.fixture
+def tiles():
+    """Compiled steps with AMX."""
+    some = kernels.KERNELS
+    if some is None or not some.finds_weight_gradients:
+        pytest.skip("this machine has no AMX, or the compiled steps were not built")
+    return some
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"),
+    [(1, 5, 3), (64, 32, 32), (100, 48, 70), (257, 33, 160), (700, 160, 33), (1024, 1, 97), (31, 96, 1)],
+)
+def test_gradients_of_weights(tiles, threads, rows, outputs, inputs):
+    torch.manual_seed(rows)
+    before = torch.get_num_threads()
+    # rows of a wider tensor, as parts of a joined product are
+    gradient = torch.randn(rows, outputs + 7).bfloat16()[:, 3 : outputs + 3]
+    x = torch.randn(rows, inputs).bfloat16()
+    torch.set_num_threads(threads)
+    try:
+        to_weight, to_bias = tiles.weight_gradient(gradient, x, biased=True)
+        assert tiles.weight_gradient(gradient, x, biased=False)[1] is None
+    finally:
+        torch.set_num_threads(before)
+    assert to_weight.dtype == to_bias.dtype == torch.float32
+    exact = gradient.double().mT @ x.double(), gradient.double().sum(0)
+    assert agree([to_weight.double(), to_bias.double()], exact, 1e-5)
+    once = tiles.weight_gradient(gradient, x, biased=True)
+    assert torch.equal(once[0], to_weight) and torch.equal(once[1], to_bias)  # whatever the number of threads
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("outputs", [(40,), (40, 24, 24)])
+def test_linear_layers_in_bfloat16(tiles, outputs, biased):
+    """Gradients in float32 that are nearer to the exact ones than torch's, which it rounds to bfloat16."""
+    torch.manual_seed(0)
+    # numbers that bfloat16 holds, so that nothing but the sums differ
+    x, *weights = (
+        torch.randn(*size).bfloat16().float() for size in ((2, 50, 72), *((n, 72) for n in outputs))
+    )
+    bias = torch.randn(sum(outputs)).bfloat16().float() if biased else None
+    down = torch.randn(2, 50, sum(outputs)).bfloat16()
+
+    def learn(function, dtype):
+        leaves = [
+            one.to(dtype).clone().requires_grad_() for one in (x, *weights, *([bias] if biased else ()))
+        ]
+        out = function(leaves[0], leaves[1 + len(weights)] if biased else None, *leaves[1 : 1 + len(weights)])
+        out.backward(down.to(out.dtype))
+        return [out.detach().double(), *(leaf.grad.double() for leaf in leaves)]
+
+    def plain(x, bias, *weights):
+        return F.linear(x, torch.cat(weights), bias)
+
+    exact = learn(plain, torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, torchs = learn(linear, torch.float32), learn(plain, torch.float32)
+        assert "_Linear" in type(linear(x, bias, *(w.requires_grad_() for w in weights)).grad_fn).__name__
+    assert agree(ours, exact, 0.01)
+    for one, other, goal in zip(ours[2:], torchs[2:], exact[2:]):
+        assert (one - goal).abs().max() < 0.1 * (other - goal).abs().max()
+    frozen = linear(x.requires_grad_(), bias, *(w.requires_grad_(False) for w in weights))
+    assert "_Linear" not in type(frozen.grad_fn).__name__  # no gradient of weights is wanted
 
 
 def test_rotation_and_its_gradient():

@@ -41,6 +41,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scope: Scope, scale: float) -> Tenso
     )
 
 
+def attend_joined(joined: Tensor, heads: tuple[int, int], scope: Scope, scale: float) -> Tensor | None:
+    """What the queries of a text gather from the text itself; None where compiled attention cannot tell.
+
+    Queries and keys are turned by `scope.rotary` in their place: `joined` is used up. Their gradients come
+    out side by side, as the product before wants them.
+
+    Args:
+        joined: (batch, time, (heads + 2 kv_heads) head_width): queries, keys and values side by side.
+        heads: how many of queries, and of keys.
+
+    Returns:
+        (batch, time, heads * head_width).
+    """
+    compiled = kernels_for(joined)
+    width = joined.shape[-1] // (heads[0] + 2 * heads[1])
+    if not (compiled and compiled.attends and learns_on_cpu(joined) and joined.dtype == torch.bfloat16):
+        return None
+    if joined.shape[1] > _LONGEST_IN_BLOCKS or width % 2 or joined.is_leaf:
+        return None
+    cos, sin = scope.rotary or (None, None)
+    return _Joined.apply(
+        joined, cos, sin, scope.mask_by_key, scope.bias, scope.causal, scale, heads, width, compiled
+    )
+
+
 def attention_weights(q: Tensor, k: Tensor, scope: Scope, scale: float) -> Tensor:
     """How much each query looks at each key: (batch, heads, queries, keys), rows sum to 1."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -104,6 +129,46 @@ class _Compiled(torch.autograd.Function):
             *kept, gradient, mask=mask, bias=by_key, with_bias=ctx.with_bias, **ctx.settings
         )
         return dq, dk, dv, None, None if dbias is None else dbias.mT[None], None, None, None
+
+
+class _Joined(torch.autograd.Function):
+    """The same for queries, keys and values side by side, rotation included."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, joined, cos, sin, mask, bias, causal, scale, heads, width, compiled
+    ):
+        turned, *parts = _parts(joined, heads, width)
+        if cos is not None:
+            compiled.rotate(turned, turned, cos, sin, 1.0)
+        by_key = None if bias is None else bias[0].mT.float().contiguous()
+        ctx.settings = {"scale": scale, "causal": causal and mask is None}
+        out, log_sums = compiled.attention(*parts, mask=mask, bias=by_key, **ctx.settings)
+        ctx.save_for_backward(joined, out, log_sums, mask, by_key, cos, sin)
+        ctx.compiled, ctx.with_bias = compiled, bias is not None and bias.requires_grad
+        ctx.heads, ctx.width = heads, width
+        return out.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[override]
+        joined, out, log_sums, mask, by_key, cos, sin = ctx.saved_tensors
+        to_joined = torch.empty_like(joined)
+        turned, *into = _parts(to_joined, ctx.heads, ctx.width)
+        down = gradient.contiguous().unflatten(-1, (-1, ctx.width)).transpose(1, 2)
+        kept = *_parts(joined, ctx.heads, ctx.width)[1:], out, log_sums
+        *_, dbias = ctx.compiled.attention_back(
+            *kept, down, mask=mask, bias=by_key, with_bias=ctx.with_bias, into=into, **ctx.settings
+        )
+        if cos is not None:
+            ctx.compiled.rotate(turned, turned, cos, sin, -1.0)
+        return to_joined, None, None, None, None if dbias is None else dbias.mT[None], *(None,) * 5
+
+
+def _parts(joined: Tensor, heads: tuple[int, int], width: int) -> list[Tensor]:
+    """Queries and keys together, (batch, time, heads, width), and of each of the three (batch, heads, time, width)."""
+    split = joined.unflatten(-1, (-1, width))
+    three = split.split([heads[0], heads[1], heads[1]], dim=2)
+    return [split[:, :, : sum(heads)], *(part.transpose(1, 2) for part in three)]
 
 
 class _Blocks(torch.autograd.Function):

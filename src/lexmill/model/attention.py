@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lexmill.model.attend import attend, attention_weights
+from lexmill.model.attend import attend, attend_joined, attention_weights
 from lexmill.model.cache import LayerCache
 from lexmill.model.config import ModelConfig
+from lexmill.model.linear import Linear, linear
 from lexmill.model.norms import RMSNorm
 from lexmill.model.positions import rotate
 from lexmill.model.scope import Scope
@@ -21,10 +21,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         query, key = config.heads * config.head_width, config.kv_heads * config.head_width
-        self.q = nn.Linear(config.width, query, bias=config.qkv_bias)
-        self.k = nn.Linear(config.width, key, bias=config.qkv_bias)
-        self.v = nn.Linear(config.width, key, bias=config.qkv_bias)
-        self.out = nn.Linear(query, config.width, bias=config.out_bias)
+        self.q = Linear(config.width, query, bias=config.qkv_bias)
+        self.k = Linear(config.width, key, bias=config.qkv_bias)
+        self.v = Linear(config.width, key, bias=config.qkv_bias)
+        self.out = Linear(query, config.width, bias=config.out_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_width, config.norm_eps)
             self.k_norm = RMSNorm(config.head_width, config.norm_eps)
@@ -38,31 +38,37 @@ class Attention(nn.Module):
         memory: Tensor | None = None,  # (batch, keys, width): what cross-attention looks at
         weights: list[Tensor] | None = None,  # receives the attention weights
     ) -> Tensor:
-        batch, time, _ = x.shape
+        config = self.config
         if memory is not None:
             q, k, v = self._look_at(memory, x, cache)
         else:
-            q, k, v = self._project(x, scope)
+            joined = self._project(x)
+            if cache is None and weights is None and not config.qk_norm:
+                gathered = attend_joined(joined, (config.heads, config.kv_heads), scope, self.scale)
+                if gathered is not None:
+                    return self.out(gathered)
+            q, k, v = self._split(joined, scope)
             if cache is not None:
                 k, v = cache.append(k, v)
         if weights is not None:
             weights.append(attention_weights(q, k, scope, self.scale))
         gathered = attend(q, k, v, scope, self.scale)
-        return self.out(gathered.transpose(1, 2).reshape(batch, time, -1))
+        return self.out(gathered.transpose(1, 2).flatten(2))
 
-    def _project(self, x: Tensor, scope: Scope) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the same text, each (batch, heads or kv_heads, time, head_width).
+    def _project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of the same text side by side: (batch, time, (heads + 2 kv_heads) * head_width).
 
-        The three matrices are laid side by side for one product: it is faster than three.
+        The three matrices are laid below each other for one product: it is faster than three.
         """
-        config = self.config
         parts = (self.q, self.k, self.v)
-        if all(type(part) is nn.Linear for part in parts):
-            weight = torch.cat([part.weight for part in parts])
-            bias = torch.cat([part.bias for part in parts]) if config.qkv_bias else None
-            joined = F.linear(x, weight, bias)
-        else:  # adapted or quantised layers
-            joined = torch.cat([part(x) for part in parts], -1)
+        if all(type(part) is Linear for part in parts):
+            bias = torch.cat([part.bias for part in parts]) if self.config.qkv_bias else None
+            return linear(x, bias, *(part.weight for part in parts))
+        return torch.cat([part(x) for part in parts], -1)  # adapted or quantised layers
+
+    def _split(self, joined: Tensor, scope: Scope) -> tuple[Tensor, Tensor, Tensor]:
+        """Each of the three, normed and turned: (batch, heads or kv_heads, time, head_width)."""
+        config = self.config
         qkv = joined.unflatten(-1, (-1, config.head_width))
         q, k, v = qkv.split([config.heads, config.kv_heads, config.kv_heads], dim=2)
         if config.qk_norm:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,9 @@ _STRUCTS = {
         "scale",
     ),
 }
+_STRUCTS["weight_gradient"] = _struct(
+    "WeightGradient", "rows outputs inputs gradient_row x_row", "gradient x to_weight to_bias"
+)
 _STRUCTS["attention_back"] = _struct(
     "AttentionBack",
     _strides("gradient", "to_q", "to_k", "to_v"),
@@ -89,6 +93,11 @@ class Kernels:
     def attends(self) -> bool:
         """Whether there is compiled attention."""
         return self.instruction_set in ("avx512_bf16", "amx")
+
+    @property
+    def finds_weight_gradients(self) -> bool:
+        """Whether there is `weight_gradient`."""
+        return self.instruction_set == "amx"
 
     def _run(self, name: str, *values: Any) -> None:
         self._call(name, _STRUCTS[name](*values))
@@ -174,7 +183,7 @@ class Kernels:
         return to_gate, to_up
 
     def rotate(self, x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
-        """Turn each pair (i, i + D/2) of the last axis into `out`, forward (sign 1) or back (-1).
+        """Turn each pair (i, i + D/2) of the last axis into `out`, which may be x, forward (sign 1) or back (-1).
 
         Args:
             x, out: (batch, time, heads, D), the last axis dense.
@@ -239,14 +248,16 @@ class Kernels:
         bias: Tensor | None = None,
         causal: bool = False,
         with_bias: bool = False,
+        into: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The gradients of q, k, v, and with `with_bias` of the bias.
 
         Args:
             out, log_sums: as `attention` gave them; the others as it got them.
             gradient: of the result, the last axis dense.
+            into: where those of q, k and v shall lie, the last axis dense; in new tensors when not given.
         """
-        to_q, to_k, to_v = (_heads_last(tensor) for tensor in (q, k, v))
+        to_q, to_k, to_v = into or [_heads_last(tensor) for tensor in (q, k, v)]
         to_bias = torch.empty_like(bias) if bias is not None and with_bias else None
         tensors = gradient, to_q, to_k, to_v
         self._run(
@@ -257,6 +268,20 @@ class Kernels:
             _address(to_bias),
         )
         return to_q, to_k, to_v, to_bias
+
+    def weight_gradient(self, gradient: Tensor, x: Tensor, *, biased: bool) -> tuple[Tensor, Tensor | None]:
+        """The gradients, in float32, of a linear layer's weight, (outputs, inputs), and bias, (outputs,).
+
+        Args:
+            gradient: (rows, outputs), bfloat16, the last axis dense.
+            x: (rows, inputs), likewise.
+        """
+        rows, outputs, inputs = *gradient.shape, x.shape[1]
+        to_weight, to_bias = torch.empty(outputs, inputs), torch.empty(outputs) if biased else None
+        sizes = rows, outputs, inputs, gradient.stride(0), x.stride(0)
+        addresses = *_addresses(gradient, x, dense=False), *map(_address, (to_weight, to_bias))
+        self._run("weight_gradient", *sizes, *addresses)
+        return to_weight, to_bias
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
         """The cross-entropy of each row, (rows,) in nats; the logits become their gradient.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lexmill.model import kernels
 from lexmill.model.config import ModelConfig
 from lexmill.model.kernels import Kernels, kernels_for, learns_on_cpu
+from lexmill.model.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -28,9 +29,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.gated:
-            self.gate = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
-        self.up = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
-        self.down = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+            self.gate = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.up = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.down = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
         self.gated, self.activation = config.gated, ACTIVATIONS[config.activation]
         self.compiled = kernels.ACTIVATIONS.get(config.activation)
 
