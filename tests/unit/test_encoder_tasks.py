@@ -256,7 +256,7 @@ def test_labels_of_packed_texts_are_those_of_each_alone(models, name, pooling):
         LabelledText(origin=str(index), text=text, second=second, label="abc"[index % 3])
         for index, (text, second) in enumerate(zip(texts(), [None, *texts(8, 5)]))
     ]
-    examples, _ = label_examples(rows, base.tokenizer, base.config.labels, 60)
+    examples = label_examples(rows, base.tokenizer, base.config.labels, 60)
     packed = pack(examples, 60, 0)
     assert len(packed.tokens) < len(rows)
     with torch.no_grad():
@@ -324,7 +324,7 @@ def matches():
 def test_matches_are_told_from_all_texts_of_a_batch_but_from_those_that_belong(models, pooling):
     base = without_heads(models("bare bert"))
     model, rows = network(base), matches()
-    examples, _ = match_examples(rows, base.tokenizer, 60)
+    examples = match_examples(rows, base.tokenizer, 60)
     packed = pack(examples, 100, 0)
     with torch.no_grad():
         found = match_loss(model, packed, pooling, 0.1)
@@ -358,7 +358,7 @@ def test_matches_are_told_from_all_texts_of_a_batch_but_from_those_that_belong(m
 
 def test_a_row_that_stands_in_teaches_nothing(models):
     base = models("bare bert")
-    examples, _ = match_examples(matches(), base.tokenizer, 60)
+    examples = match_examples(matches(), base.tokenizer, 60)
     packed = pack(examples, 100, 0)
     packed.targets[:] = IGNORED
     model = network(without_heads(base))
@@ -591,3 +591,31 @@ def test_embeddings_learn_and_keep_how_they_pool(models, tmp_path):
     assert after > before + 0.1
     assert made.pooling == models("bert").pooling and not made.config.mlm
     assert json.loads((made.path / "config.json").read_text())["architectures"] == ["BertModel"]
+
+
+@pytest.mark.parametrize("task", ["classify", "embed"])
+def test_rows_that_are_too_long_are_listed_cut_or_left_out(models, tmp_path, task):
+    rows = [{"text": f"she was {i}", "label": "xy"[i % 2]} for i in range(6)]
+    if task == "embed":
+        rows = [{"query": f"she {i}", "positive": f"was {i}"} for i in range(6)]
+    rows[4] = {name: value if name == "label" else value + " glad" * 40 for name, value in rows[4].items()}
+    data = write(tmp_path / "rows.jsonl", rows)
+    base = {"task": task, "steps": 1, "row_length": 24, "validation_fraction": 0.0}
+    with pytest.raises(DataError, match=r"1 rows are longer.*rows.jsonl, row 5 \(\d+ tokens\)"):
+        make_lesson(FinetuneConfig(**base), models("bert"), data)
+    cut_down = make_lesson(FinetuneConfig(**base, too_long="cut"), models("bert"), data)
+    assert len(cut_down.examples(0)) == 6 and "1 rows are cut to 24 tokens" in cut_down.told
+    assert max(len(one.tokens) for one in cut_down.examples(0)) <= 24
+    left_out = make_lesson(FinetuneConfig(**base, too_long="drop"), models("bert"), data)
+    assert len(left_out.examples(0)) == 5 and "1 rows are left out" in left_out.told
+
+
+def test_tasks_are_planned_from_their_rows(models, tmp_path):
+    from lexmill.finetune.plan import plan_finetuning
+
+    data = write(tmp_path / "rows.jsonl", [{"text": f"she was {i}", "label": i % 2} for i in range(30)])
+    base = models("bert")
+    config = FinetuneConfig(task="classify", steps=5, rows=2, row_length=32, validation_fraction=0.0)
+    found = plan_finetuning(config, base.config, data=data, tokenizer=base.tokenizer, seconds=0.1)
+    sizes = [len(base.tokenizer.encode(f"she was {i}")) for i in range(30)]
+    assert found.data.tokens == sum(sizes)

@@ -35,6 +35,7 @@ class FinetuneConfig(RowSettings, TrainConfig):
     row_length: int | None = (
         None  # tokens in a training row; when not given the model's context, 1,024 at most
     )
+    too_long: Literal["error", "cut", "drop"] = "error"  # rows longer than that: cut the source, or leave out
 
     def __post_init__(self) -> None:
         super().__post_init__()

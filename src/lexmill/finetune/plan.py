@@ -108,11 +108,11 @@ def _look_at_texts(
     if config.task == "classify":
         texts = list(data.rows(TRAIN, LabelledText))
         labels = sorted({text.label for text in texts})
-        examples, _ = label_examples(texts[:_SAMPLE], tokenizer, labels, length)
+        examples = label_examples(texts[:_SAMPLE], tokenizer, labels, length)
         rows = len(texts)
     elif config.task == "embed":
         matches = list(data.rows(TRAIN, Match))
-        examples, _ = match_examples(matches[:_SAMPLE], tokenizer, length)
+        examples = match_examples(matches[:_SAMPLE], tokenizer, length)
         rows = len(matches)
     else:
         questions = list(data.rows(TRAIN, Question))
