@@ -18,16 +18,29 @@ def answer(
     ],
     json: Json = False,
 ) -> None:
-    """The words of a text that answer a question, by an encoder fine-tuned for it (--task qa)."""
+    """The answer to a question about a text, by a model fine-tuned for it (--task qa).
+
+    An encoder finds the words of the text that answer; other models write an answer.
+    """
     begin_computing()
     from lexmill.data.decoding import read_text
+    from lexmill.evaluate.scores import ScoreConfig
+    from lexmill.evaluate.writing import write_answer
     from lexmill.inference.language_model import load
 
     path = Path(context)
     # a text may be longer than any name of a file
     is_file = len(context) < 1000 and "\n" not in context and path.is_file()
     text = read_text(path) if is_file else context
-    found = load(model).answer(question, text)
+    loaded = load(model)
+    if loaded.config.shape != "encoder":
+        written = write_answer(loaded, question, text, ScoreConfig(max_tokens=128))
+        if json:
+            print_json({"question": question, "text": written})
+        else:
+            typer.echo(written)
+        return
+    found = loaded.answer(question, text)
     if json:
         print_json({"question": question, **vars(found)})
     elif found.text:

@@ -34,6 +34,7 @@ from lexmill.cli import (
     run,
     tokenizer,
     verify,
+    write,
 )
 
 app = typer.Typer(
@@ -79,6 +80,8 @@ app.command("fill")(_guarded(fill.fill))
 app.command("next-sentence")(_guarded(next_sentence.next_sentence))
 app.command("classify")(_guarded(classify.classify))
 app.command("answer")(_guarded(answer.answer))
+app.command("translate")(_guarded(write.translate))
+app.command("summarise")(_guarded(write.summarise))
 app.command("embed")(_guarded(embed.embed))
 app.add_typer(explain.app, name="explain")
 app.command("import")(_guarded(import_model.import_model))

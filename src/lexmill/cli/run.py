@@ -94,7 +94,7 @@ def _closing_table(folder: Path, nothing_to_do: bool, recipe: Any) -> None:
 
     screen = console()
     records = _records(folder)
-    table = Table(title=f"{recipe.name}: from raw text to a running model", title_justify="left")
+    table = Table(title=f"{recipe.name}: from raw data to a running model", title_justify="left")
     table.add_column("step")
     table.add_column("seconds", justify="right")
     table.add_column("what came of it", overflow="fold")
@@ -133,6 +133,9 @@ _SHOWN = {
 def _said(step: str, figures: dict[str, Any]) -> str:
     wanted = [key for key in _SHOWN.get(step, ()) if figures.get(key) is not None]
     wanted += [key for key in figures if key.startswith("fill ")]
+    if step in ("rows", "base"):
+        wanted = list(figures)
+    wanted += [key for key in figures if key.startswith("task ")]
     parts = [
         f"{key.replace('_', ' ')}: {figures[key]}" if isinstance(figures[key], str)
         else f"{key.replace('_', ' ')} {figures[key]:,}"
@@ -143,6 +146,8 @@ def _said(step: str, figures: dict[str, Any]) -> str:
 
 def _what_next(folder: Path, recipe: Any) -> list[tuple[str, str]]:
     """Commands that fit the model."""
+    if "base" in recipe.steps:
+        return _what_next_of_task(folder, recipe)
     family = recipe.tables["pretrain"].get("model", {}).get("family", "llama")
     prompts = recipe.tables["pretrain"].get("prompts") or ["It is a truth"]
     found = []
@@ -153,6 +158,23 @@ def _what_next(folder: Path, recipe: Any) -> list[tuple[str, str]]:
         found.append(("See it look:", f'lexmill explain attention {folder} "{prompts[0]}" --html look.html'))
     else:
         found.append(("Let it write:", f'lexmill generate {folder} "{prompts[0]}"'))
+    if "report" in recipe.steps:
+        found.append(("See its life:", str(folder / "report.html")))
+    return found
+
+
+def _what_next_of_task(folder: Path, recipe: Any) -> list[tuple[str, str]]:
+    """The verb that uses what was learned."""
+    verbs = {
+        "chat": ("Talk to it:", f"lexmill chat {folder}"),
+        "prefer": ("Talk to it:", f"lexmill chat {folder}"),
+        "classify": ("Ask it:", f'lexmill classify {folder} "a text"'),
+        "qa": ("Ask it:", f'lexmill answer {folder} "a question" --context file.txt'),
+        "summarise": ("Let it write:", f"lexmill summarise {folder} --file text.txt"),
+        "translate": ("Let it write:", f'lexmill translate {folder} "a text"'),
+        "embed": ("Let it embed:", f'lexmill embed {folder} "a text"'),
+    }
+    found = [verbs[recipe.tables["finetune"].get("task", "chat")]] if "finetune" in recipe.steps else []
     if "report" in recipe.steps:
         found.append(("See its life:", str(folder / "report.html")))
     return found

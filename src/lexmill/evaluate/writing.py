@@ -9,7 +9,7 @@ from typing import Any, cast
 from lexmill.data.labelled import Question, Row, TextPair
 from lexmill.errors import DataError
 from lexmill.evaluate.qa_metrics import answer_scores, normalise_english
-from lexmill.evaluate.scores import Scoring, TaskScores
+from lexmill.evaluate.scores import ScoreConfig, Scoring, TaskScores
 from lexmill.evaluate.text_metrics import bleu, first_sentence, length_statistics, rouge
 from lexmill.finetune.writing import (
     Asking,
@@ -117,6 +117,26 @@ def write_rows(task: str, model: LanguageModel, scoring: Scoring, kind: type[Row
         if count:
             details[name] = count
     return Written(rows, given, asking, details)
+
+
+def write_texts(task: str, model: LanguageModel, texts: Sequence[str], config: ScoreConfig) -> list[str]:
+    """What a model makes of each text, asked as in its training for "summarise" or "translate".
+
+    Raises:
+        DataError: a text is too long for the model.
+        ModelError: a model that does not write.
+    """
+    rows = [
+        TextPair(origin=f"text {number:,}", source=text, targets=("",))
+        for number, text in enumerate(texts, 1)
+    ]
+    return write_rows(task, model, Scoring(rows, config), TextPair).given
+
+
+def write_answer(model: LanguageModel, question: str, context: str, config: ScoreConfig) -> str:
+    """The answer that a decoder or encoder–decoder writes to a question about a text. Raises as `write_texts`."""
+    row = Question(origin="the question", question=question, context=context, answers=(), starts=())
+    return write_rows("qa", model, Scoring([row], config), Question).given[0]
 
 
 def write_together(
