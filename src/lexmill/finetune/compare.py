@@ -34,7 +34,7 @@ def adapter_losses(
     Raises:
         DataError, ModelError: as `finetune`.
     """
-    config = FinetuneConfig(steps=1, task=task, validation_rows=1 << 30)  # type: ignore[arg-type]
+    config = FinetuneConfig(steps=1, task=task, validation_rows=1 << 30, too_long="cut")  # type: ignore[arg-type]
     lesson = make_lesson(config, adapter.base, data, None if data.is_dir() else data)
     batches = fixed_batches(
         lesson.validation,

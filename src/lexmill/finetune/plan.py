@@ -6,13 +6,17 @@ import itertools
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from lexmill.data.labelled import Conversation
+from lexmill.data.labelled import Conversation, LabelledText, Match, Question
 from lexmill.finetune.chat import chat_example
+from lexmill.finetune.classify import label_examples
 from lexmill.finetune.config import FinetuneConfig
+from lexmill.finetune.embed import match_examples
+from lexmill.finetune.extractive import span_examples
 from lexmill.finetune.rows import TRAIN, TaskData
 from lexmill.model.adapter import LoraConfig
 from lexmill.model.build import build_model
@@ -21,10 +25,13 @@ from lexmill.model.lora import add_adapter, begin_adapter
 from lexmill.model.quantised import build_quantised
 from lexmill.model.transformer import Transformer
 from lexmill.tokenizer.tokenizer import Tokenizer
+from lexmill.train.batches import Batch
 from lexmill.train.causal import causal_loss
 from lexmill.train.cost import Row, adapter_cost
 from lexmill.train.examples import IGNORED
 from lexmill.train.forecast import CALIBRATION_SECONDS, Data, Forecast, forecast
+from lexmill.train.objective import Losses
+from lexmill.train.pooling import read_rows
 
 _SAMPLE = 200  # conversations that are tokenized
 
@@ -46,6 +53,9 @@ def plan_finetuning(
     """
     length = config.length(shape)
     row, found = Row(length, length), None
+    judges = shape.shape == "encoder"
+    if judges:
+        row = Row(length, 0.0)
     if data is not None and tokenizer is not None:
         rows = TaskData(
             path=data,
@@ -54,12 +64,15 @@ def plan_finetuning(
             seed=config.seed,
             settings=config,
         )
-        row, found = _look_at(rows.rows(TRAIN, Conversation), tokenizer, config, length)
+        if judges:
+            row, found = _look_at_texts(rows, tokenizer, config, length)
+        else:
+            row, found = _look_at(rows.rows(TRAIN, Conversation), tokenizer, config, length)
     lora = config.lora
     return forecast(
         config,
         shape,
-        causal_loss,
+        _reading if judges else causal_loss,
         row,
         data=found,
         world=world,
@@ -79,6 +92,39 @@ def _any_weights(shape: ModelConfig, lora: LoraConfig) -> Transformer:
         model, _ = build_quantised(shape, model.weights(), lora.quantise)
     add_adapter(model, begin_adapter(model, lora, seed=0))
     return model
+
+
+def _reading(model: Any, batch: Batch) -> Losses:
+    """What an encoder's tasks cost: reading. Their heads are a few columns at a few places."""
+    losses = Losses()
+    losses.add("tokens", (read_rows(model, batch).float().square().sum(), None))
+    return losses
+
+
+def _look_at_texts(
+    data: TaskData, tokenizer: Tokenizer, config: FinetuneConfig, length: int
+) -> tuple[Row, Data | None]:
+    """The same for an encoder's tasks."""
+    if config.task == "classify":
+        texts = list(data.rows(TRAIN, LabelledText))
+        labels = sorted({text.label for text in texts})
+        examples = label_examples(texts[:_SAMPLE], tokenizer, labels, length)
+        rows = len(texts)
+    elif config.task == "embed":
+        matches = list(data.rows(TRAIN, Match))
+        examples = match_examples(matches[:_SAMPLE], tokenizer, length)
+        rows = len(matches)
+    else:
+        questions = list(data.rows(TRAIN, Question))
+        window = min(config.window, length)
+        examples = span_examples(questions[:_SAMPLE], tokenizer, window, config.overlap).examples
+        rows = len(questions)
+    tokens = sum(len(example.tokens) for example in examples)
+    if not tokens:
+        return Row(length, 0.0), None
+    row = Row(length, 0.0, documents=max(1.0, length * len(examples) / tokens))
+    seen = min(rows, _SAMPLE)
+    return row, Data(round(tokens * rows / seen), rows, exact=rows <= _SAMPLE)
 
 
 def _look_at(
