@@ -13,6 +13,7 @@ from lexmill.cli import (
     answer,
     chat,
     classify,
+    data,
     doctor,
     embed,
     evaluate,
@@ -44,7 +45,7 @@ app = typer.Typer(
     help=(
         "From raw data to a running language model.\n\n"
         "Begin with: lexmill run recipes/quickstart.toml\n\n"
-        "Exit codes: 0 done; 1 verify found a difference; 2 something that you can mend; "
+        "Exit codes: 0 done; 1 verify found a difference, or data check bad rows; 2 something that you can mend; "
         "130 interrupted (the same command goes on)."
     ),
 )
@@ -67,6 +68,7 @@ def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
 app.command("run")(_guarded(run.run))
 app.command("prepare")(_guarded(prepare.prepare))
 app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(data.app, name="data")
 app.command("pretrain")(_guarded(pretrain.pretrain))
 app.command("finetune")(_guarded(finetune.finetune))
 app.command("merge")(_guarded(merge.merge))

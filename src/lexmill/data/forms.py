@@ -132,6 +132,7 @@ class RowFile:
     Attributes:
         form: what its rows look like, once the first ones were read.
         dropped: what was left out of rows, in words, and how often; of the newest reading.
+        looks: how many rows look like which form; "" where they look like none.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class RowFile:
         self.path, self.settings = path, settings or RowSettings()
         self.form: Form | None = None
         self.dropped: Counter[str] = Counter()
+        self.looks: Counter[str] = Counter()
         self._kind = kind
         self._columns = {name: value for name, value in vars(self.settings.columns).items() if value}
 
@@ -164,6 +166,7 @@ class RowFile:
             FileError, DataError: the file cannot be read, looks like none of the forms, or a row cannot be used.
         """
         self.dropped.clear()
+        self.looks.clear()
         refuse = reject or self._refuse
         # the first rows are looked at before any is made; errors wait for their turn among them
         head: list[RawRow | DataError] = []
@@ -252,8 +255,9 @@ class RowFile:
     def _fields(self, raw: RawRow, form: Form) -> Fields:
         names = form.names(raw.values)
         absent = next((name for name in form.needed if name not in names), None)
+        other = None if absent is None else next((other for other in FORMS if other.fits(raw.values)), None)
+        self.looks[form.name if absent is None else other.name if other else ""] += 1
         if absent is not None:
-            other = next((other for other in FORMS if other.fits(raw.values)), None)
             if other is not None and self.settings.form is None:
                 raise DataError(
                     f"{raw.where}: mixed forms: this row looks like '{other.name}', the first ones like '{form.name}'.",

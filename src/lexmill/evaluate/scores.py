@@ -22,6 +22,7 @@ class ScoreConfig(RowSettings):
     beams: int = 1  # above 1: beam search
     length_penalty: float = 1.0  # of beam search
     examples: int = 10  # kept for a reader
+    reference: str = ""  # prefer: the model that training began with; an adapter's is its base
     language: str = "auto"  # of answers: "en" is scored as SQuAD, "zh" as CMRC 2018; auto: as they look
     too_long: Literal["error", "cut", "drop"] = "error"  # rows that the model cannot read whole
     instruction: str = ""  # of tasks that write, if not the words of the model's training

@@ -8,11 +8,20 @@ from pathlib import Path
 
 from lexmill.config import suggest
 from lexmill.data.forms import read_rows
-from lexmill.data.labelled import Conversation, LabelledText, Match, Question, Row, TextPair
+from lexmill.data.labelled import (
+    Conversation,
+    LabelledText,
+    Match,
+    Preference,
+    Question,
+    Row,
+    TextPair,
+)
 from lexmill.errors import ConfigError
 from lexmill.evaluate.chat import chat_scores
 from lexmill.evaluate.classify import classify_scores
 from lexmill.evaluate.embed import embed_scores
+from lexmill.evaluate.prefer import prefer_scores
 from lexmill.evaluate.qa import extractive_scores
 from lexmill.evaluate.scores import ScoreConfig, Scoring, TaskScores, Writer
 from lexmill.evaluate.writing import summary_scores, translation_scores, written_answer_scores
@@ -33,6 +42,7 @@ SCORERS: dict[str, tuple[type[Row], TaskScorer]] = {
     "chat": (Conversation, chat_scores),
     "classify": (LabelledText, classify_scores),
     "embed": (Match, embed_scores),
+    "prefer": (Preference, prefer_scores),
     "qa": (Question, qa_scores),
     "summarise": (TextPair, summary_scores),
     "translate": (TextPair, translation_scores),

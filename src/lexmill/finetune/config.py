@@ -21,7 +21,7 @@ _METRIC_ROWS = 64
 class FinetuneConfig(RowSettings, TrainConfig):
     """The `[finetune]` table of a recipe."""
 
-    task: Literal["chat", "classify", "embed", "qa", "summarise", "translate"] = "chat"
+    task: Literal["chat", "classify", "embed", "prefer", "qa", "summarise", "translate"] = "chat"
     lora: LoraConfig | None = None  # train an adapter, not the model
     prompts: tuple[str, ...] = ("Hello",)  # questions whose answers are shown as training goes on
     validation_fraction: float = 0.05  # of the rows of a file, where nothing else is held out
@@ -32,6 +32,8 @@ class FinetuneConfig(RowSettings, TrainConfig):
     )
     window: int = 384  # qa by an encoder: tokens of question and context together that are read at once
     overlap: int = 128  # qa by an encoder: tokens of the context that neighbouring windows share
+    beta: float = 0.1  # prefer: how dear it is to leave the model that training begins with
+    label_smoothing: float = 0.0  # prefer: share of the pairs that may be the wrong way round
     temperature: float = 0.05  # embed: cosines are divided by it; less makes the nearest texts weigh more
     row_length: int | None = (
         None  # tokens in a training row; when not given the model's context, 1,024 at most
@@ -58,6 +60,10 @@ class FinetuneConfig(RowSettings, TrainConfig):
             raise ConfigError("'validation_fraction' must lie in [0, 1).")
         if self.window < 8 or self.overlap < 0 or self.overlap >= self.window:
             raise ConfigError("'window' must be at least 8, and 'overlap' less than it.")
+        if self.beta <= 0:
+            raise ConfigError("'beta' must be positive.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError("'label_smoothing' must lie in [0, 0.5).")
         if self.temperature <= 0:
             raise ConfigError("'temperature' must be positive.")
         if self.row_length is not None and self.row_length < 4:

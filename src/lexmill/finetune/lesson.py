@@ -10,6 +10,7 @@ from lexmill.data.labelled import Row
 from lexmill.finetune.config import FinetuneConfig
 from lexmill.finetune.rows import TaskData
 from lexmill.model.directory import ModelDirectory
+from lexmill.progress import Progress
 from lexmill.train.examples import Example
 from lexmill.train.objective import Objective
 
@@ -27,6 +28,8 @@ class Lesson:
         told: what there is to learn from, for a reader: "3,121 conversations".
         facts: for the lineage.
         base: the model with the head that the task needs; None where the given one has all.
+        begin: looks at the model as it is before training, where the objective needs that: (model, rows that are
+            computed at once, progress).
         after: what is fitted on held-out rows when training is done, for `lexmill.json`: (model) -> facts.
         targets: what is predicted, as metrics are named.
         held_out: the rows of `validation`, where something is tuned on the task's own score.
@@ -41,6 +44,7 @@ class Lesson:
     decoder_length: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     base: ModelDirectory | None = None
+    begin: Callable[[Any, int, Progress], None] | None = None
     after: Callable[[Any], dict[str, Any]] | None = None
     targets: str = "tokens"
     held_out: Sequence[Row] = ()

@@ -18,6 +18,7 @@ from lexmill.finetune.config import FinetuneConfig
 from lexmill.finetune.embed import embed_lesson
 from lexmill.finetune.extractive import extractive_lesson
 from lexmill.finetune.lesson import Lesson, TaskMaker
+from lexmill.finetune.prefer import prefer_lesson
 from lexmill.finetune.rows import TaskData
 from lexmill.finetune.summarise import summarise_lesson
 from lexmill.finetune.translate import translate_lesson
@@ -59,6 +60,7 @@ TASKS: dict[str, TaskMaker] = {
     "chat": chat_lesson,
     "classify": classify_lesson,
     "embed": embed_lesson,
+    "prefer": prefer_lesson,
     "qa": qa_lesson,
     "summarise": summarise_lesson,
     "translate": translate_lesson,
@@ -126,6 +128,8 @@ def finetune(
     form = task_data(config, data).form
     progress.say(f"  {lesson.told}" + (f", rows of the form '{form}'" if form else ""))
     model, adapter = _build(config, base, progress)
+    if lesson.begin:
+        lesson.begin(model.to(processes.device), config.micro_rows or config.rows, progress)
     rows = {
         "rows": config.rows,
         "length": lesson.length,

@@ -328,7 +328,7 @@ def writing_lesson(
     start = model.config.decoder_start
 
     def examples(epoch: int) -> list[Example]:
-        made = _examples(learned, epoch, start if two else None)
+        made = made_examples(learned, epoch, start if two else None)
         if replay is None:
             return made
         tokens = sum(len(example.tokens) for example in made)
@@ -341,7 +341,7 @@ def writing_lesson(
     return Lesson(
         sequence_loss if two else causal_loss,
         examples,
-        _examples(measured, 0, start if two else None),
+        made_examples(measured, 0, start if two else None),
         length,
         model.tokenizer.ids.pad if model.tokenizer.ids.pad is not None else 0,
         f"{len(learned.prompts):,} rows" + (f"; too long: {', '.join(told)}" if told else ""),
@@ -358,7 +358,7 @@ def _first(rows: Iterable[Row], count: int) -> list[Row]:
     return [row for row, _ in zip(rows, range(count))]
 
 
-def _examples(fitted: Fitting, epoch: int, start: int | None) -> list[Example]:
+def made_examples(fitted: Fitting, epoch: int, start: int | None) -> list[Example]:
     """One example a row, with the answer whose turn it is.
 
     Args:

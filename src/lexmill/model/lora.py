@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 
@@ -32,19 +33,37 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base, self.lora_a, self.lora_b = base, a, b
         self.scale, self.dropout = scale, dropout
+        self.off = False  # compute as the base does; see `without_adapter`
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.off:
+            return self.base(x)
         seen = F.dropout(x, self.dropout) if self.training and self.dropout else x
         return self.base(x) + F.linear(F.linear(seen, self.lora_a) * self.scale, self.lora_b)
 
     @property
     def weight(self) -> Tensor:
         """(outputs, inputs): the merged weight, for who multiplies with it himself, as the loss does with a head's."""
+        if self.off:
+            return self.base.weight  # type: ignore[return-value]
         return self.base.weight + self.scale * (self.lora_b @ self.lora_a)  # type: ignore[operator]
 
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """The model as it was before its adapter, while the block runs; modules that are saved whole stay as they are."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for layer in layers:
+        layer.off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.off = False
 
 
 def begin_adapter(model: Transformer, lora: LoraConfig, seed: int) -> Adapter:

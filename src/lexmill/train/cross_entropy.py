@@ -48,6 +48,59 @@ def linear_cross_entropy(
     return total, right
 
 
+def linear_token_losses(hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    """The cross-entropy of each place by itself, (n,), float32; 0 where the target is IGNORED.
+
+    For losses that weigh places by what others lost. Arguments as in `linear_cross_entropy`.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return _LinearTokenLosses.apply(hidden, weight, targets, dtype)
+
+
+class _LinearTokenLosses(torch.autograd.Function):
+    """Keeps each place's own gradient where the head does not learn; else makes the logits again on the way back."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, dtype):  # type: ignore[override]
+        wanted, with_weight = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
+        with torch.autocast(hidden.device.type, enabled=False):
+            inputs, matrix = hidden.to(dtype), weight.to(dtype)
+            lost = hidden.new_zeros(len(hidden), dtype=torch.float32)
+            to_hidden = torch.empty_like(inputs) if wanted and not with_weight else None
+            for start in range(0, len(inputs), _ROWS):
+                rows = slice(start, start + _ROWS)
+                logits = torch.mm(inputs[rows], matrix.mT)
+                exact = logits.float()
+                picked = exact.gather(1, targets[rows, None].clamp(min=0))[:, 0]
+                lost[rows] = (exact.logsumexp(-1) - picked) * (targets[rows] != IGNORED)
+                if to_hidden is not None:
+                    _to_gradient(logits, targets[rows], None, None)
+                    torch.mm(logits, matrix, out=to_hidden[rows])
+        ctx.save_for_backward(to_hidden, *((inputs, matrix, targets) if with_weight else ()))
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return lost
+
+    @staticmethod
+    def backward(ctx, scales):  # type: ignore[override]
+        to_hidden, *kept = ctx.saved_tensors
+        hidden, weight = ctx.dtypes
+        if to_hidden is not None:
+            return (to_hidden * scales[:, None]).to(hidden), None, None, None
+        inputs, matrix, targets = kept
+        to_hidden = torch.empty_like(inputs)
+        to_weight = torch.zeros_like(matrix, dtype=torch.float32)
+        with torch.autocast(inputs.device.type, enabled=False):
+            for start in range(0, len(inputs), _ROWS):
+                rows = slice(start, start + _ROWS)
+                logits = torch.mm(inputs[rows], matrix.mT)
+                _to_gradient(logits, targets[rows], None, None)
+                logits *= scales[rows, None].to(logits.dtype)
+                torch.mm(logits, matrix, out=to_hidden[rows])
+                to_weight += torch.mm(logits.mT, inputs[rows])
+        return to_hidden.to(hidden), to_weight.to(weight), None, None
+
+
 def _logits(hidden: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
     logits = torch.mm(hidden, columns).float()
     return logits if bias is None else logits.add_(bias.float())

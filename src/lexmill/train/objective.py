@@ -21,11 +21,13 @@ class Losses:
         sums: of cross-entropies over all targets, in nats.
         right: how many first guesses were right; filled where no gradient is wanted.
         weights: of the means in what training lowers, where not 1.
+        figures: sums that only tell, and over how many; filled where no gradient is wanted.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     right: dict[str, int] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def add(self, name: str, found: tuple[Tensor, int | None]) -> None:
         """Put in what `linear_cross_entropy` gave."""
@@ -45,11 +47,13 @@ class Measure:
         losses: in nats a target.
         accuracies: shares of targets whose most probable guess is right.
         targets: how many there were.
+        more: means that only tell.
     """
 
     losses: dict[str, float]
     accuracies: dict[str, float]
     targets: dict[str, int]
+    more: dict[str, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -61,9 +65,11 @@ class Measure:
         found = {f"{prefix}_loss": round(self.loss, 5)}
         if len(self.losses) > 1:
             found |= {f"{prefix}_{name}_loss": round(value, 5) for name, value in self.losses.items()}
-        return found | {
-            f"{prefix}_{name}_accuracy": round(value, 5) for name, value in self.accuracies.items()
-        }
+        return (
+            found
+            | {f"{prefix}_{name}_accuracy": round(value, 5) for name, value in self.accuracies.items()}
+            | {f"{prefix}_{name}": round(value, 5) for name, value in self.more.items()}
+        )
 
 
 def measure(model: nn.Module, objective: Objective, batches: Iterable[Batch]) -> Measure:
@@ -75,21 +81,26 @@ def measure(model: nn.Module, objective: Objective, batches: Iterable[Batch]) ->
     sums: dict[str, float] = {}
     right: dict[str, int] = {}
     targets: dict[str, int] = {}
+    more: dict[str, tuple[float, int]] = {}
     learning = model.training
     model.eval()
     with torch.no_grad():
         for batch in batches:
             found = objective(model, batch)
+            for name, (total, count) in found.figures.items():
+                before = more.get(name, (0.0, 0))
+                more[name] = before[0] + total, before[1] + count
             for name, count in batch.counts.items():
-                if count:
+                if count and name in found.sums:
                     targets[name] = targets.get(name, 0) + count
                     sums[name] = sums.get(name, 0.0) + float(found.sums[name])
                     right[name] = right.get(name, 0) + found.right.get(name, 0)
     model.train(learning)
-    if not targets.get("tokens"):
+    if not targets:
         raise TrainingError("There are no targets to measure a loss on.")
     return Measure(
         {name: sums[name] / count for name, count in targets.items()},
         {name: right[name] / count for name, count in targets.items()},
         targets,
+        {name: total / max(count, 1) for name, (total, count) in more.items()},
     )
