@@ -86,7 +86,7 @@ def test_training_asks_in_the_words_of_use(models, form, task):
         else pair("Anne was glad.", "Glad")
     )
     asking = choose_asking(task, model.config, type(row))
-    fitted = fit_rows([row], asking, model, 128, "error")
+    fitted = fit_rows([row], asking, model.tokenizer, model.config, 128, "error")
     used = LanguageModel(load_model(model), model.tokenizer, model.path)
     asked = []
 
@@ -143,7 +143,7 @@ def test_a_question_without_an_answer_gets_the_stated_words(models):
     model = models["t5"]
     row = question("Who?", "Nobody was there.")
     asking = choose_asking("qa", model.config, Question, no_answer="not said")
-    fitted = fit_rows([row], asking, model, 128, "error")
+    fitted = fit_rows([row], asking, model.tokenizer, model.config, 128, "error")
     assert model.tokenizer.decode(fitted.answers[0][0], skip_special=True) == "not said"
     used = LanguageModel(load_model(model), model.tokenizer, model.path)
     said = {"Not said.": 100, "Nobody": 0}
@@ -160,11 +160,21 @@ def test_long_rows_are_listed(models):
     rows = [pair("word " * (5 if row % 2 else 300), "target", row=row) for row in range(1, 20)]
     asking = choose_asking("summarise", models["chat"].config, TextPair)
     with pytest.raises(DataError, match=r"9 rows have more than 128 tokens: rows.jsonl, row 2 \(") as caught:
-        fit_rows(rows, asking, models["chat"], 128, "error")
+        fit_rows(rows, asking, models["chat"].tokenizer, models["chat"].config, 128, "error")
     assert "and 4 more" in caught.value.message and 'too_long = "cut"' in caught.value.hint
-    assert len(fit_rows(rows, asking, models["chat"], 128, "drop").prompts) == 10
+    assert (
+        len(fit_rows(rows, asking, models["chat"].tokenizer, models["chat"].config, 128, "drop").prompts)
+        == 10
+    )
     with pytest.raises(DataError, match=r"what is to be written.*row 1 ") as caught:
-        fit_rows([pair("short", "word " * 300)], asking, models["chat"], 128, "cut")
+        fit_rows(
+            [pair("short", "word " * 300)],
+            asking,
+            models["chat"].tokenizer,
+            models["chat"].config,
+            128,
+            "cut",
+        )
     assert '"cut"' not in caught.value.hint
 
 
@@ -182,7 +192,7 @@ def test_cutting_shortens_the_source_and_never_the_target(models, form, source, 
     prompt = prompt_ids(asking, model.tokenizer, model.config, fields)
     whole = answer_ids(asking, model.tokenizer, model.config, fields, target, prompt)
     length = max(len(whole) + 60, 90) if form != "t5" else max(len(whole), 30)
-    fitted = fit_rows([row], asking, model, length, "cut")
+    fitted = fit_rows([row], asking, model.tokenizer, model.config, length, "cut")
     ids, (answer,) = fitted.prompts[0], fitted.answers[0]
     assert answer == whole and answer[-1] in model.tokenizer.ids.stop
     assert (len(ids) if form == "t5" else len(ids) + len(answer) - 1) <= length
@@ -247,9 +257,11 @@ def test_what_does_not_write_is_refused(models, tmp_path):
         make_lesson(config, models["chat"], data)
     asking = choose_asking("summarise", models["t5"].config, TextPair)
     with pytest.raises(DataError, match="row 1: the answer is empty"):
-        fit_rows([pair("source", "fine", " ")], asking, models["t5"], 64, "drop")
+        fit_rows(
+            [pair("source", "fine", " ")], asking, models["t5"].tokenizer, models["t5"].config, 64, "drop"
+        )
     with pytest.raises(DataError, match="row 1: the source is empty"):
-        fit_rows([pair("\n", "fine")], asking, models["t5"], 64, "drop")
+        fit_rows([pair("\n", "fine")], asking, models["t5"].tokenizer, models["t5"].config, 64, "drop")
 
 
 @pytest.mark.parametrize("lineage", [

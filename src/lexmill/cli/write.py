@@ -16,7 +16,9 @@ Texts = Annotated[
 File = Annotated[Path | None, typer.Option("--file", help="A file that is one text.", show_default=False)]
 Lines = Annotated[bool, typer.Option("--lines", help="Each line of the file or input is a text.")]
 Beams = Annotated[int, typer.Option("--beams", min=1, help="Above 1: beam search.")]
-LengthPenalty = Annotated[float, typer.Option("--length-penalty", help="Of beam search; above 1 favours long texts.")]
+LengthPenalty = Annotated[
+    float, typer.Option("--length-penalty", help="Of beam search; above 1 favours long texts.")
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Of what is written.")]
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from lexmill.data.labelled import Conversation, LabelledText, Match, Question
+from lexmill.data.labelled import Conversation, LabelledText, Match, Question, TextPair
 from lexmill.finetune.chat import chat_example
 from lexmill.finetune.classify import label_examples
 from lexmill.finetune.config import FinetuneConfig
 from lexmill.finetune.embed import match_examples
 from lexmill.finetune.extractive import span_examples
 from lexmill.finetune.rows import TRAIN, TaskData
+from lexmill.finetune.writing import INSTRUCTIONS, asking_of, decoder_length, fit_rows
 from lexmill.model.adapter import LoraConfig
 from lexmill.model.build import build_model
 from lexmill.model.config import ModelConfig
@@ -26,7 +27,7 @@ from lexmill.model.quantised import build_quantised
 from lexmill.model.transformer import Transformer
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.train.batches import Batch
-from lexmill.train.causal import causal_loss
+from lexmill.train.causal import causal_loss, sequence_loss
 from lexmill.train.cost import Row, adapter_cost
 from lexmill.train.examples import IGNORED
 from lexmill.train.forecast import CALIBRATION_SECONDS, Data, Forecast, forecast
@@ -53,9 +54,11 @@ def plan_finetuning(
     """
     length = config.length(shape)
     row, found = Row(length, length), None
-    judges = shape.shape == "encoder"
+    judges, two = shape.shape == "encoder", shape.shape == "encoder_decoder"
     if judges:
         row = Row(length, 0.0)
+    elif two:
+        row = Row(length, length, decoder_length=length)
     if data is not None and tokenizer is not None:
         rows = TaskData(
             path=data,
@@ -66,13 +69,15 @@ def plan_finetuning(
         )
         if judges:
             row, found = _look_at_texts(rows, tokenizer, config, length)
+        elif config.task in INSTRUCTIONS:
+            row, found = _look_at_writing(rows, tokenizer, config, shape)
         else:
             row, found = _look_at(rows.rows(TRAIN, Conversation), tokenizer, config, length)
     lora = config.lora
     return forecast(
         config,
         shape,
-        _reading if judges else causal_loss,
+        _reading if judges else sequence_loss if two else causal_loss,
         row,
         data=found,
         world=world,
@@ -125,6 +130,34 @@ def _look_at_texts(
     row = Row(length, 0.0, documents=max(1.0, length * len(examples) / tokens))
     seen = min(rows, _SAMPLE)
     return row, Data(round(tokens * rows / seen), rows, exact=rows <= _SAMPLE)
+
+
+def _look_at_writing(
+    data: TaskData, tokenizer: Tokenizer, config: FinetuneConfig, shape: ModelConfig
+) -> tuple[Row, Data | None]:
+    """The same for tasks that write."""
+    kind: type[Question] | type[TextPair] = Question if config.task == "qa" else TextPair
+    rows = list(data.rows(TRAIN, kind))
+    length, asking = config.length(shape), asking_of(config, shape, kind)
+    fitted = fit_rows(rows[:_SAMPLE], asking, tokenizer, shape, length, config.too_long)
+    read = sum(len(ids) for ids in fitted.prompts)
+    written = sum(len(answers[0]) for answers in fitted.answers)
+    if not read:
+        return Row(length, length), None
+    count = len(fitted.prompts)
+    if shape.shape == "encoder_decoder":
+        room = decoder_length([fitted], length)
+        share = min(length / read, room / written)  # of the sample, in a row
+        row = Row(length, written * share, decoder_length=room, documents=max(1.0, count * share))
+        tokens = read + written
+    else:
+        tokens = read + written - count
+        replies = written / tokens * (1 - config.text_share) + config.text_share
+        row = Row(length, replies * length, documents=max(1.0, length * count / tokens))
+        tokens = round(tokens / (1 - config.text_share))
+    seen = min(len(rows), _SAMPLE)
+    exact = len(rows) <= _SAMPLE and not config.text_share
+    return row, Data(round(tokens * len(rows) / seen), len(rows), exact=exact)
 
 
 def _look_at(

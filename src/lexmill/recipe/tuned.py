@@ -43,8 +43,9 @@ def finetune_and_score(
         "after"}, "examples"}, empty where there is nothing to score.
     """
     from lexmill.evaluate.tuning import tune
-    from lexmill.finetune.stage import finetune
+    from lexmill.finetune.stage import finetune, make_lesson
 
+    lesson = make_lesson(config, base, data, validation)  # whatever is wrong with the data shows first
     work = _Scores(config, base, data, validation, progress)
     rows = work.rows(config.score_rows) if config.score else []
     first = not process_rank()
@@ -59,6 +60,7 @@ def finetune_and_score(
         reply=reply,
         score=(lambda network: work.figures(network, metric_rows)) if metric_rows else None,
         tune=tune,
+        lesson=lesson,
         progress=progress,
     )
     if not (first and config.score):
