@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     found = list(rows(json.loads(arguments.summaries.read_text("utf-8"))))
-    write_splits(arguments.out, found[:: max(1, len(found) // ROWS)])
+    write_splits(arguments.out, found[:: max(1, len(found) // ROWS)], share=0.08)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def main() -> None:
     lines = arguments.dialogues.read_text("utf-8").splitlines()
     talks = [json.loads(line)["messages"] for line in lines if line.strip()]
     usual = [talk for talk in talks if len(talk) > 1 and talk[-1]["role"] == "assistant"]
-    write_splits(arguments.out, rows(usual))
+    write_splits(arguments.out, rows(usual), share=0.12)
 
 
 if __name__ == "__main__":
