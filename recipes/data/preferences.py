@@ -2,8 +2,8 @@
 
 python recipes/data/preferences.py dialogues.jsonl OUT
 
-The rule: a reply that answers and stops is preferred to the same reply followed by one or two replies to other
-questions. Both halves begin alike, so that nothing but going on is learned to be wrong.
+The rule: a reply that asks back is preferred to the same reply without that. The dialogues have no such questions,
+so a model learns it from the preferences alone.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from typing import Any
 
 from splitting import write_splits
 
+BACK = ("What do you think?", "Why do you ask?", "Do you agree?", "What made you think of it?")
+
 
 def rows(dialogues: list[list[dict[str, str]]]) -> Iterator[tuple[str, dict[str, Any]]]:
     draw = random.Random(0)
-    replies = [messages[-1]["content"] for messages in dialogues]
     for messages in dialogues:
         prompt, reply = messages[:-1], messages[-1]["content"]
-        others = [other for other in draw.sample(replies, 3) if other != reply][: draw.randint(1, 2)]
-        pair = {"prompt": prompt, "chosen": reply, "rejected": " ".join([reply, *others])}
-        yield prompt[-1]["content"], pair
+        if not reply.endswith("?"):
+            whole = reply if reply.endswith((".", "!")) else f"{reply}."
+            yield (
+                prompt[-1]["content"],
+                {"prompt": prompt, "chosen": f"{whole} {draw.choice(BACK)}", "rejected": whole},
+            )
 
 
 def main() -> None:

@@ -334,10 +334,13 @@ _RUNTIMES = (*_BASE, "tokenizer", "model", "formats", "inference", "runtimes")
 
 STEP_KINDS: dict[str, StepKind] = {
     "prepare": StepKind((), (*_BASE, "data"), {"prepare": "prepare"}, _prepare),
-    "rows": StepKind((), (*_BASE, "data"), {"rows": "rows"}, _rows),
+    "rows": StepKind((), (*_BASE, "data", "recipe.task_steps"), {"rows": "rows"}, _rows),
     "tokenizer": StepKind(("prepare", "rows"), (*_BASE, "tokenizer"), {"tokenizer": "tokenizer"}, _tokenizer),
     "base": StepKind(
-        ("tokenizer",), (*_BASE, "tokenizer", "model", "formats", "runtimes"), {"base": "base"}, _base
+        ("tokenizer",),
+        (*_BASE, "tokenizer", "model", "formats", "runtimes", "recipe.task_steps"),
+        {"base": "base"},
+        _base,
     ),
     "pretrain": StepKind(
         ("prepare", "tokenizer"), (*_TRAINING, "pretrain"), {"pretrain": "pretrain"}, _pretrain
@@ -347,7 +350,7 @@ STEP_KINDS: dict[str, StepKind] = {
     ),
     "evaluate": StepKind(
         ("prepare", "rows", "base", "pretrain", "finetune"),
-        (*_TRAINING, "pretrain", "finetune", "inference", "evaluate"),
+        (*_TRAINING, "pretrain", "finetune", "inference", "evaluate", "recipe.task_steps"),
         {"evaluate": "evaluate"},
         _evaluate,
     ),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lexmill.data.forms import read_rows
 from lexmill.data.labelled import RowSettings
 from lexmill.data.tables import is_pair, pair_of
 from lexmill.errors import ConfigError, DataError, FileError
@@ -154,7 +156,6 @@ def check_split(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]
 
 def row_texts(recipe: Recipe) -> Any:
     """All texts of the training rows, for a tokenizer to be trained on."""
-    from lexmill.data.forms import read_rows
     from lexmill.finetune.check import KINDS_OF_TASKS
 
     settings: FinetuneConfig = recipe.table("finetune")
@@ -212,19 +213,30 @@ def compare_on_task(recipe: Recipe, config: Any, model: Any, base: Any, progress
         config: a ScoreConfig.
     """
     from lexmill.errors import ModelError
-    from lexmill.evaluate.task import score_task
+    from lexmill.evaluate.scores import Scoring
+    from lexmill.evaluate.task import find_scorer
+    from lexmill.finetune.stage import task_data
 
-    rows: RowsConfig = recipe.table("rows")
     settings: FinetuneConfig = recipe.table("finetune")
-    test = next(path for split in reversed(_SPLITS) if (path := rows.path(split, recipe.base)))
     same = {item.name: getattr(settings, item.name) for item in dataclasses.fields(RowSettings)}
-    config = dataclasses.replace(config, **same, too_long=settings.too_long)
-    after = score_task(settings.task, model, test, config, progress)
+    reference = str(base.path) if base is not None else ""
+    config = dataclasses.replace(config, **same, too_long=settings.too_long, reference=reference)
+    kind, scorer = find_scorer(settings.task)
+    where: RowsConfig = recipe.table("rows")
+    train, test = (where.path(split, recipe.base) for split in ("train", "test"))
+    assert train is not None
+    if test is not None:
+        held_out = read_rows(test, settings, kind)
+    else:
+        held_out = task_data(settings, train, where.path("validation", recipe.base)).rows("validation", kind)
+    rows = list(itertools.islice(held_out, config.limit))
+    scoring = Scoring(rows, config, progress)
+    after = scorer(model, scoring)
     found: dict[str, Any] = {"task": {"after": after.metrics}, "details": after.details, "rows": after.rows}
     before: list[dict[str, str]] = []
     if base is not None:
         try:
-            scores = score_task(settings.task, base, test, config, progress)
+            scores = scorer(base, scoring)
             found["task"] = {"before": scores.metrics, "after": after.metrics}
             before = scores.examples
         except ModelError as error:
