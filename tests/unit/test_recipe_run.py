@@ -52,7 +52,7 @@ def life(monkeypatch, tmp_path):
 
 
 def test_from_runs_the_step_and_all_that_need_it(life):
-    assert life.run() == list(planning.STEP_KINDS)
+    assert life.run() == list(RECIPE.steps)
     assert life.run() == []
     wanted = ["export", "verify", "report"]
     assert life.left("export") == wanted and life.run(start="export") == wanted
