@@ -9,7 +9,11 @@ from lexmill.errors import ConfigError, DataError, FileError
 from lexmill.recipe import run as recipe_run
 from lexmill.recipe.config import DEFAULT_STEPS, read_recipe
 
-WORDS = {"red": ["rose", "blood", "cherry"], "green": ["grass", "leaf", "frog"], "blue": ["sky", "sea", "jay"]}
+WORDS = {
+    "red": ["rose", "blood", "cherry"],
+    "green": ["grass", "leaf", "frog"],
+    "blue": ["sky", "sea", "jay"],
+}
 
 
 def labelled(path, count, start=0):
@@ -69,11 +73,13 @@ def test_a_classifier_from_rows_alone(folder):
     assert "before" not in found["task"]  # a model without a head cannot be scored
     checked = json.loads((out / "rows/rows.json").read_text("utf-8"))
     assert {split: checked[split]["rows"] for split in checked} == {"train": 180, "validation": 9, "test": 18}
-    (said,) = lexmill.load(out).classify(["this is like a frog to me"])
+    (said,) = lexmill.load(out).classify(["number 7 is like a frog to me"])
     assert max(said, key=said.get) == "green"
     lineage = json.loads((out / "model/lexmill.json").read_text("utf-8"))
     assert lineage["scores"]["task"]["after"] == found["task"]["after"]
-    assert not any(one.reason for one in recipe_run.run(folder / "colours.toml", out)), "nothing is left to do"
+    assert not any(one.reason for one in recipe_run.run(folder / "colours.toml", out)), (
+        "nothing is left to do"
+    )
     labelled(folder / "test.jsonl", 21, 2000)
     again = {one.step for one in recipe_run.run(folder / "colours.toml", out) if one.reason}
     assert "rows" in again and "evaluate" in again

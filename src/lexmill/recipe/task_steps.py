@@ -100,6 +100,8 @@ def files_of(path: Path) -> tuple[Path, ...]:
 
 def named_files(recipe: Recipe, step: str) -> list[Path]:
     """The files that the step "rows" or "base" reads, as far as they are there."""
+    from lexmill.inference.language_model import find_model
+
     if step == "rows":
         rows: RowsConfig = recipe.table("rows")
         found = [rows.path(split, recipe.base) for split in _SPLITS]
@@ -107,8 +109,10 @@ def named_files(recipe: Recipe, step: str) -> list[Path]:
     else:
         base: BaseConfig = recipe.table("base")
         source = find(base.path, base.root, recipe.base, "base.root") if base.path else None
-        paths = sorted(source.rglob("*")) if source and source.is_dir() else [source] if source else []
-    return [path for path in paths if path.is_file() and not path.name.endswith((".lock", ".jsonl"))]
+        paths = [source] if source else []
+        if source and source.is_dir():  # of a run its model, which is what `make_base` opens
+            paths = sorted(find_model(source).iterdir())
+    return [path for path in paths if path.is_file()]
 
 
 def check_split(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:
