@@ -116,9 +116,9 @@ def check(
         _show_file(report, screen)
         if measured:
             _show_lengths(measured, str(model), screen)
-        _show_overlap("repeated rows", report.duplicates, "", screen)
+        _show_overlap("repeated rows", report, report.duplicates, screen)
         if report.compared:
-            _show_overlap("leakage", report.leakage, f", {report.compared}", screen)
+            _show_overlap(f"leakage between {report.compared}", report, report.leakage, screen)
         if report.labels:
             _show_labels(report, screen)
         for origin, one in shown:
@@ -159,8 +159,19 @@ def _show_file(report: FileReport, screen: Any) -> None:
     if report.errors:
         _title("bad rows", screen)
         for error in report.errors:
-            screen.print(Text(f"  {error.replace(report.path + ', ', '', 1)}"))
+            _print_indented(Text(error.replace(f"{report.path}, ", "", 1)), screen)
         _show_rest(report.bad - len(report.errors), screen)
+
+
+def _print_indented(text: Any, screen: Any, by: int = 2) -> None:
+    """Print with a margin, lines folded inside it; in a pipe they stay whole."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    if screen.is_terminal:
+        screen.print(Padding(text, (0, 0, 0, by)))
+    else:
+        screen.print(Text("\n").join(Text(" " * by) + line for line in text.split("\n", allow_blank=True)))
 
 
 def _show_rest(count: int, screen: Any) -> None:
@@ -192,14 +203,14 @@ def _show_lengths(report: LengthReport, model: str, screen: Any) -> None:
             )
         )
         for origin, size in report.shown:
-            screen.print(f"    {origin}: {size:,} tokens")
+            screen.print(f"    {origin.split(', ')[-1]}: {size:,} tokens")
         _show_rest(report.too_long - len(report.shown), screen)
     else:
         screen.print(f"  all fit a row of training ({report.limit:,} tokens)", style="green")
     if report.unfit:
         screen.print(Text(f"  {report.unfit:,} rows cannot be written for this model:", "red"))
         for error in report.unfit_shown:
-            screen.print(Text(f"    {error}"))
+            _print_indented(Text(error), screen, 4)
 
 
 def _bar(count: int, most: int, style: str) -> Any:
@@ -209,20 +220,21 @@ def _bar(count: int, most: int, style: str) -> Any:
     return Text("█" * size, style)
 
 
-def _show_overlap(title: str, found: Overlap, where: str, screen: Any) -> None:
+def _show_overlap(title: str, report: FileReport, found: Overlap, screen: Any) -> None:
     from rich.text import Text
 
     words = {
         "exact": "the same",
-        "near": "the same but for case, punctuation or spaces",
+        "near": "but for case, punctuation or spaces",
         "prompt": "ask the same with another answer",
         "context": "share a context",
     }
-    _title(title + where, screen)
+    _title(title, screen)
     parts = [f"{getattr(found, how):,} {said}" for how, said in words.items() if getattr(found, how)]
     screen.print(Text(f"  {'; '.join(parts) or 'none'}", "yellow" if found.rows else ""))
     for origin, other, how in found.shown:
-        screen.print(Text(f"    {origin} and {other}: {words[how]}"))
+        here, there = (one.removeprefix(f"{report.path}, ") for one in (origin, other))
+        screen.print(Text(f"    {here} = {there}" + (f", {words[how]}" if how != "exact" else "")))
     _show_rest(found.rows + found.prompt - len(found.shown), screen)
 
 
@@ -244,10 +256,10 @@ def _show_example(origin: str, sketch: Sketch, screen: Any) -> None:
 
     _title(origin, screen)
     for name, pieces in sketch.parts():
-        text = Text(f"{name}: " if name else "", "dim")
+        text = Text.assemble((f"{name}: " if name else "", "bold cyan"))
         for piece in pieces:
             text += _piece(piece, screen.is_terminal)
-        screen.print(text)
+        _print_indented(text, screen)
 
 
 def _piece(piece: Piece, colours: bool) -> Any:
