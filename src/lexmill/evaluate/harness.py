@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lexmill.errors import MissingPackageError, ModelError
+from lexmill.errors import DataError, MissingPackageError, ModelError
 from lexmill.inference.language_model import LanguageModel, generation_config, load
 
 try:
@@ -90,6 +90,12 @@ class HarnessModel(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         """Of each (texts, context, continuation) the continuation's log-probability, and whether it is greedy."""
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise DataError(
+                f"A continuation has {longest:,} tokens, but the context holds {self.max_length:,}.",
+                "The task does not suit this model.",
+            )
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         # longest first: rows of like lengths together, and no memory that a later batch lacks
         order = sorted(
@@ -98,7 +104,7 @@ class HarnessModel(TemplateLM):
         for start in range(0, len(order), self.batch_size):
             members = order[start : start + self.batch_size]
             rows = [(requests[index][1] + requests[index][2])[-(self.max_length + 1) :] for index in members]
-            wanted = [min(len(requests[index][2]), len(row) - 1) for index, row in zip(members, rows)]
+            wanted = [len(requests[index][2]) for index in members]
             for index, answer in zip(members, self._continuations(rows, wanted)):
                 found[index] = answer
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
