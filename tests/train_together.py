@@ -21,11 +21,12 @@ from lexmill.model.lora import add_adapter, begin_adapter, read_adapter
 from lexmill.model.quantised import build_quantised
 from lexmill.pretrain.masked import FOLLOWS, masked_loss
 from lexmill.pretrain.shape import ShapeConfig
-from lexmill.train.batches import Loader
+from lexmill.train.batches import Loader, fixed_batches
 from lexmill.train.causal import causal_loss, sequence_loss
 from lexmill.train.config import TrainConfig
 from lexmill.train.examples import IGNORED, Example, next_token_example
-from lexmill.train.loop import train
+from lexmill.train.loop import Hooks, train
+from lexmill.train.objective import measure
 from lexmill.train.processes import Processes
 
 VOCABULARY = 97
@@ -89,6 +90,13 @@ def main() -> None:
         return loss(model, batch)
 
     written = 20 if family == "t5" else 0
+    # other random documents: soon the model only learns its own by heart, and training stops if told so
+    held_out = fixed_batches(examples(family, 1 << 20), rows=3, length=32, pad_id=0, decoder_length=written)
+
+    def validate(model):
+        return measure(model, loss, held_out).figures("validation")
+
+    hooks = Hooks(validate=validate if "validate_every" in values else None)
     loader = Loader(
         lambda epoch: examples(family, epoch),
         rows=config.rows,
@@ -98,7 +106,7 @@ def main() -> None:
         decoder_length=written,
     )
     try:
-        train(model, objective, loader, config, folder, processes=processes)
+        train(model, objective, loader, config, folder, hooks=hooks, processes=processes)
     except LexmillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

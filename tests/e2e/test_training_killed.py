@@ -85,3 +85,10 @@ def test_a_killed_adapter_ends_in_the_same_bits(base, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
 def test_many_kills_end_in_the_same_bits(family, seed, tmp_path):
     compare(family, 4, seed, tmp_path)
+
+
+def test_a_killed_run_that_stops_early_ends_in_the_same_bits(tmp_path):
+    """What is best, and for how long nothing was better, is part of a checkpoint."""
+    early = ("steps=2000", "keep_best=true", "patience=6", "validate_every=20", "learning_rate=0.0005")
+    compare("llama", 1, "early", tmp_path, (*early, "optimizer=adamw"))
+    assert 120 < losses(tmp_path / "whole")[-1][0] < 2000

@@ -244,20 +244,19 @@ def texts(count=9, seed=3):
     return [" ".join(random.choice(words, random.integers(2, 14))) for _ in range(count)]
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize(
+    ("name", "pooling"), [("bert", "cls"), ("modernbert", "cls"), ("modernbert", "mean")]
+)
 def test_labels_of_packed_texts_are_those_of_each_alone(models, name, pooling):
     base = with_labels(models(name), ["a", "b", "c"], 4)
     if pooling == "mean":
-        if name == "bert":
-            pytest.skip("BERT reads its first token")
         base = base.with_config(dataclasses.replace(base.config, label_pooling="mean"), base.begun)
     model = network(base)
     rows = [
         LabelledText(origin=str(index), text=text, second=second, label="abc"[index % 3])
         for index, (text, second) in enumerate(zip(texts(), [None, *texts(8, 5)]))
     ]
-    examples, _ = label_examples(rows, base.tokenizer, base.config.labels, 60)
+    examples = label_examples(rows, base.tokenizer, base.config.labels, 60)
     packed = pack(examples, 60, 0)
     assert len(packed.tokens) < len(rows)
     with torch.no_grad():
@@ -325,7 +324,7 @@ def matches():
 def test_matches_are_told_from_all_texts_of_a_batch_but_from_those_that_belong(models, pooling):
     base = without_heads(models("bare bert"))
     model, rows = network(base), matches()
-    examples, _ = match_examples(rows, base.tokenizer, 60)
+    examples = match_examples(rows, base.tokenizer, 60)
     packed = pack(examples, 100, 0)
     with torch.no_grad():
         found = match_loss(model, packed, pooling, 0.1)
@@ -359,20 +358,20 @@ def test_matches_are_told_from_all_texts_of_a_batch_but_from_those_that_belong(m
 
 def test_a_row_that_stands_in_teaches_nothing(models):
     base = models("bare bert")
-    examples, _ = match_examples(matches(), base.tokenizer, 60)
+    examples = match_examples(matches(), base.tokenizer, 60)
     packed = pack(examples, 100, 0)
     packed.targets[:] = IGNORED
     model = network(without_heads(base))
     losses = match_loss(model, packed, "mean", 0.1)
     losses.sums["tokens"].backward()
-    assert float(losses.sums["tokens"]) == 0
+    assert float(losses.sums["tokens"].detach()) == 0
     assert all(weight.grad is None or not weight.grad.any() for weight in model.parameters())
     spans = span_examples(
         [Question(origin="", question="who", context="she was", answers=(), starts=())], base.tokenizer, 20, 4
     ).examples
     packed = pack(spans, 40, 0)
     packed.targets[:] = IGNORED
-    assert float(span_loss(network(with_span(base)), packed).sums["tokens"]) == 0
+    assert not span_loss(network(with_span(base)), packed).sums["tokens"].detach().any()
 
 
 # calibration
@@ -403,7 +402,7 @@ def test_the_calibration_error_is_that_of_the_paper_by_hand():
 def test_answers_are_the_best_spans_of_all_windows(models):
     tokenizer = models("bert").tokenizer
     context = " ".join(texts(6, 11)) + " Anne Elliot walked by the sea"
-    wanted = context.index("Anne"), context.index(" walked")
+    wanted = context.index("Anne"), context.rindex(" walked")
 
     def compute(null):
         def head(pairs):
@@ -533,10 +532,10 @@ def test_a_classifier_learns_is_calibrated_and_goes_on(models, tmp_path):
     ]
     data = write(tmp_path / "rows.jsonl", rows)
     config = FinetuneConfig(
-        task="classify", steps=25, rows=4, row_length=64, learning_rate=0.002, validation_fraction=0.3
+        task="classify", steps=60, rows=4, row_length=64, learning_rate=0.002, validation_fraction=0.3
     )
     made, result = finetune(config, models("bare bert"), data, tmp_path / "out")
-    assert result.loss < 0.5
+    assert result.loss < 0.6
     model = load(made.path)
     assert model.lineage["calibration"]["rows"] > 10 and 0 < model.lineage["calibration"]["temperature"] < 20
     assert next(iter(model.classify("captain and sailor on a ship")[0])) == "sea"
@@ -561,7 +560,7 @@ def test_an_answering_encoder_learns_to_find_and_to_be_silent(models, tmp_path):
         answers = {"text": [], "answer_start": []}
         if there:
             answer = "anne" if index % 2 else "mary"
-            answers = {"text": [answer], "answer_start": [context.index("captain") + 8]}
+            answers = {"text": [answer], "answer_start": [context.rindex("captain") + 8]}
         rows.append({"id": str(index), "question": "which captain", "context": context, "answers": answers})
     data = write(tmp_path / "rows.jsonl", rows)
     config = FinetuneConfig(
@@ -592,3 +591,31 @@ def test_embeddings_learn_and_keep_how_they_pool(models, tmp_path):
     assert after > before + 0.1
     assert made.pooling == models("bert").pooling and not made.config.mlm
     assert json.loads((made.path / "config.json").read_text())["architectures"] == ["BertModel"]
+
+
+@pytest.mark.parametrize("task", ["classify", "embed"])
+def test_rows_that_are_too_long_are_listed_cut_or_left_out(models, tmp_path, task):
+    rows = [{"text": f"she was {i}", "label": "xy"[i % 2]} for i in range(6)]
+    if task == "embed":
+        rows = [{"query": f"she {i}", "positive": f"was {i}"} for i in range(6)]
+    rows[4] = {name: value if name == "label" else value + " glad" * 40 for name, value in rows[4].items()}
+    data = write(tmp_path / "rows.jsonl", rows)
+    base = {"task": task, "steps": 1, "row_length": 24, "validation_fraction": 0.0}
+    with pytest.raises(DataError, match=r"1 rows are longer.*rows.jsonl, row 5 \(\d+ tokens\)"):
+        make_lesson(FinetuneConfig(**base), models("bert"), data)
+    cut_down = make_lesson(FinetuneConfig(**base, too_long="cut"), models("bert"), data)
+    assert len(cut_down.examples(0)) == 6 and "1 rows are cut to 24 tokens" in cut_down.told
+    assert max(len(one.tokens) for one in cut_down.examples(0)) <= 24
+    left_out = make_lesson(FinetuneConfig(**base, too_long="drop"), models("bert"), data)
+    assert len(left_out.examples(0)) == 5 and "1 rows are left out" in left_out.told
+
+
+def test_tasks_are_planned_from_their_rows(models, tmp_path):
+    from lexmill.finetune.plan import plan_finetuning
+
+    data = write(tmp_path / "rows.jsonl", [{"text": f"she was {i}", "label": i % 2} for i in range(30)])
+    base = models("bert")
+    config = FinetuneConfig(task="classify", steps=5, rows=2, row_length=32, validation_fraction=0.0)
+    found = plan_finetuning(config, base.config, data=data, tokenizer=base.tokenizer, seconds=0.1)
+    sizes = [len(base.tokenizer.encode(f"she was {i}")) for i in range(30)]
+    assert found.data.tokens == sum(sizes)

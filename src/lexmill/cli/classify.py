@@ -35,7 +35,7 @@ def classify(
         raise ConfigError("There is no text to classify.", "lexmill classify MODEL TEXT, or --file FILE.")
     found = load(model).classify(asked, second or None)
     if json:
-        others = second or [None] * len(asked)
+        others: list[str | None] = list(second) if second else [None] * len(asked)
         print_json(
             [
                 {"text": text, **({"second": other} if other is not None else {}), "labels": labels}

@@ -25,6 +25,12 @@ def evaluate(
         typer.Option("--data", help="A file of rows, all of which are scored.", show_default=False),
     ] = None,
     form: Form = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend", help="auto, torch, llama_cpp, transformers: who writes, in a task that does."
+        ),
+    ] = "auto",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows at most.")] = None,
     beams: Annotated[int, typer.Option("--beams", min=1, help="Above 1: beam search.")] = 1,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of what is written.")] = 256,
@@ -53,18 +59,21 @@ def evaluate(
     if documents is not None:
         _on_documents(model, documents, base, json, quiet)
         return
+    from lexmill.cli.backends import open_for_scoring
     from lexmill.config import apply_overrides, from_mapping
     from lexmill.evaluate.scores import ScoreConfig
     from lexmill.evaluate.task import score_task
     from lexmill.files import write_jsonl
-    from lexmill.inference.language_model import load
 
     assert task is not None and data is not None
     table = {"limit": limit, "beams": beams, "max_tokens": max_tokens, "language": language, "form": form}
     config = from_mapping(ScoreConfig, apply_overrides(table, overrides or ()), "evaluate")
     named = {"model": model} | ({"base": base} if base else {})
     progress = make_progress(quiet or json)
-    found = {name: score_task(task, load(path), data, config, progress) for name, path in named.items()}
+    found = {}
+    for name, path in named.items():
+        opened, writer = open_for_scoring(path, backend)
+        found[name] = score_task(task, opened, data, config, progress, writer)
     if predictions is not None:
         write_jsonl(predictions, ({"prediction": one} for one in found["model"].predictions))
     if json:

@@ -22,8 +22,12 @@ def chat_scores(model: LanguageModel, scoring: Scoring) -> TaskScores:
     config = scoring.config
     talks = [cast(Conversation, row).messages for row in scoring.rows]
     found = mean_loss(model, to_examples(talks, model.tokenizer, model.config.context))
-    asked = [pair for pair in map(first_exchange, talks) if pair]
-    prompts = [model.tokenizer.encode(model.render_chat(messages)) for messages, _ in asked]
+    asked, prompts = [], []
+    for pair in map(first_exchange, talks):
+        ids = model.tokenizer.encode(model.render_chat(pair[0])) if pair else []
+        if pair and len(ids) < model.config.context:
+            asked.append(pair)
+            prompts.append(ids)
     with scoring.progress.task("answering", len(asked), "conversations") as task:
         written = write_ids(model, prompts, **config.options, done=task.advance)
     given = [model.tokenizer.decode(ids, skip_special=True) for ids in written]
@@ -36,7 +40,7 @@ def chat_scores(model: LanguageModel, scoring: Scoring) -> TaskScores:
             "exact": round(right / max(len(asked), 1), 5),
         },
         rows=len(talks),
-        details={"targets": found.targets["tokens"]},
+        details={"targets": found.targets["tokens"], "answered": len(asked)},
         examples=[
             {"question": messages[-1]["content"], "expected": reply, "given": said}
             for (messages, reply), said in list(zip(asked, given, strict=True))[: config.examples]

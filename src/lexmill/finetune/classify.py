@@ -16,6 +16,7 @@ from lexmill.data.labelled import LabelledText
 from lexmill.errors import DataError
 from lexmill.finetune.calibration import calibrate
 from lexmill.finetune.config import FinetuneConfig
+from lexmill.finetune.lengths import Lengths
 from lexmill.finetune.lesson import Lesson
 from lexmill.finetune.rows import TRAIN, VALIDATION, TaskData
 from lexmill.model.directory import ModelDirectory
@@ -53,8 +54,11 @@ def classify_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskDat
     length = config.length(base.config)
     tokenizer = base.tokenizer
     pad = tokenizer.ids.pad or 0
-    examples, too_long = label_examples(rows, tokenizer, base.config.labels, length)
-    validation, _ = label_examples(held_out, tokenizer, base.config.labels, length)
+    lengths = Lengths(config.too_long, length)
+    examples = label_examples(rows, tokenizer, base.config.labels, length, lengths)
+    validation = label_examples(
+        held_out, tokenizer, base.config.labels, length, Lengths(config.too_long, length)
+    )
 
     def after(network: Any) -> dict[str, Any]:
         if not validation:
@@ -68,9 +72,8 @@ def classify_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskDat
         validation,
         length,
         pad,
-        f"{len(rows):,} texts, {len(labels)} labels: {balance(found)}"
-        + (f"; {too_long:,} texts are cut to {length:,} tokens" if too_long else ""),
-        facts={"rows": len(rows), "labels": dict(found), "cut": too_long},
+        f"{len(rows):,} texts, {len(labels)} labels: {balance(found)}" + lengths.told(),
+        facts={"rows": len(rows), "labels": dict(found), "too_long": lengths.longer},
         base=base,
         after=after,
         targets="labels",
@@ -107,18 +110,27 @@ def check_labels(rows: Iterable[LabelledText], labels: Sequence[str], where: str
 
 
 def label_examples(
-    rows: Sequence[LabelledText], tokenizer: Tokenizer, labels: Sequence[str], length: int
-) -> tuple[list[Example], int]:
-    """One example a row, its label's number as the target of the first token; and how many texts were cut."""
+    rows: Sequence[LabelledText],
+    tokenizer: Tokenizer,
+    labels: Sequence[str],
+    length: int,
+    lengths: Lengths | None = None,
+) -> list[Example]:
+    """One example a row of at most `length` tokens, its label's number as the target of the first.
+
+    Args:
+        lengths: what happens to longer rows; cut when not given.
+    """
     numbers = {label: number for number, label in enumerate(labels)}
-    examples, too_long = [], 0
-    for row, pair in zip(rows, encode_pairs(tokenizer, [(row.text, row.second) for row in rows])):
-        too_long += len(pair) > length
+    lengths = lengths or Lengths("cut", length)
+    encoded = encode_pairs(tokenizer, [(row.text, row.second) for row in rows])
+    examples = []
+    for row, pair in lengths.kept((row, len(pair), pair) for row, pair in zip(rows, encoded)):
         pair = cut(pair, length)
         targets = np.full(len(pair), IGNORED, np.int64)
         targets[0] = numbers[row.label]
         examples.append(Example(pair.ids, targets, pair.segments))
-    return examples, too_long
+    return examples
 
 
 def label_loss(model: Any, batch: Batch) -> Losses:

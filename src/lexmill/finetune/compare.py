@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lexmill.finetune.config import FinetuneConfig
 from lexmill.finetune.stage import make_lesson
+from lexmill.finetune.writing import asked_words
 from lexmill.model.adapter import Adapter
 from lexmill.model.adapter_files import AdapterDirectory
 from lexmill.model.directory import ModelDirectory
@@ -34,7 +35,13 @@ def adapter_losses(
     Raises:
         DataError, ModelError: as `finetune`.
     """
-    config = FinetuneConfig(steps=1, task=task, validation_rows=1 << 30)  # type: ignore[arg-type]
+    config = FinetuneConfig(
+        steps=1,
+        task=task,  # type: ignore[arg-type]
+        validation_rows=1 << 30,
+        too_long="cut",
+        **asked_words(task, adapter.lineage),
+    )
     lesson = make_lesson(config, adapter.base, data, None if data.is_dir() else data)
     batches = fixed_batches(
         lesson.validation,

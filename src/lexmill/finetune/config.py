@@ -45,7 +45,7 @@ class FinetuneConfig(RowSettings, TrainConfig):
     no_answer: str = "no answer"  # the answer to a question that its context does not answer
     # Scores of the task
     score: bool = True  # answer validation rows before and after
-    score_rows: int = 100  # at most so many
+    score_rows: int = 50  # at most so many
     score_tokens: int = 128  # at most so many are written for each
     metric_rows: int = 0  # rows that are answered at every validation; with a `stop_metric` of the task 64
     text: str = ""  # plain text: for `text_share`, and to measure what is forgotten

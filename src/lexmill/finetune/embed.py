@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from lexmill.data.labelled import Match
 from lexmill.errors import DataError
 from lexmill.finetune.config import FinetuneConfig
+from lexmill.finetune.lengths import Lengths
 from lexmill.finetune.lesson import Lesson
 from lexmill.finetune.rows import TRAIN, VALIDATION, TaskData
 from lexmill.model.directory import ModelDirectory
@@ -48,8 +49,9 @@ def embed_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskData) 
         )
     held_out = list(itertools.islice(data.rows(VALIDATION, Match), config.validation_rows))
     length, tokenizer = config.length(base.config), base.tokenizer
-    examples, too_long = match_examples(rows, tokenizer, length)
-    validation, _ = match_examples(held_out, tokenizer, length)
+    lengths = Lengths(config.too_long, length)
+    examples = match_examples(rows, tokenizer, length, lengths)
+    validation = match_examples(held_out, tokenizer, length, Lengths(config.too_long, length))
     negatives = sum(len(row.negatives) for row in rows)
     return Lesson(
         functools.partial(match_loss, pooling=base.pooling, temperature=config.temperature),
@@ -58,11 +60,11 @@ def embed_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskData) 
         length,
         tokenizer.ids.pad or 0,
         f"{len(rows):,} queries with a text, {negatives:,} negatives, pooling: {base.pooling}"
-        + (f"; {too_long:,} rows are cut to {length:,} tokens" if too_long else ""),
+        + lengths.told(),
         facts={
             "pairs": len(rows),
             "negatives": negatives,
-            "cut": too_long,
+            "too_long": lengths.longer,
             "temperature": config.temperature,
         },
         base=base,
@@ -70,27 +72,32 @@ def embed_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskData) 
     )
 
 
-def match_examples(rows: Sequence[Match], tokenizer: Tokenizer, length: int) -> tuple[list[Example], int]:
+def match_examples(
+    rows: Sequence[Match], tokenizer: Tokenizer, length: int, lengths: Lengths | None = None
+) -> list[Example]:
     """One example a row: query, text and negatives behind each other, told apart by their segments.
 
-    A row longer than `length` has each of its texts cut to an equal share. The first token's target marks a pair.
+    A row that is cut has each of its texts cut to an equal share. The first token's target marks a pair.
 
-    Returns:
-        The examples, and how many rows were cut.
+    Args:
+        length: tokens of all texts of a row.
+        lengths: what happens to longer rows; cut when not given.
     """
-    examples, too_long = [], 0
-    for row in rows:
-        texts = [row.query, row.positive, *row.negatives]
-        encoded = encode_pairs(tokenizer, [(text, None) for text in texts])
+    lengths = lengths or Lengths("cut", length)
+    every = [
+        (row, encode_pairs(tokenizer, [(text, None) for text in (row.query, row.positive, *row.negatives)]))
+        for row in rows
+    ]
+    examples = []
+    for _, encoded in lengths.kept((row, sum(map(len, texts)), texts) for row, texts in every):
         if sum(map(len, encoded)) > length:
-            encoded = [cut(one, length // len(texts)) for one in encoded]
-            too_long += 1
+            encoded = [cut(one, length // len(encoded)) for one in encoded]
         tokens = np.concatenate([one.ids for one in encoded])
         targets = np.full(len(tokens), IGNORED, np.int64)
         targets[0] = 0
-        parts = np.repeat(np.arange(len(texts)), [len(one) for one in encoded])
+        parts = np.repeat(np.arange(len(encoded)), [len(one) for one in encoded])
         examples.append(Example(tokens, targets, parts))
-    return examples, too_long
+    return examples
 
 
 def match_loss(model: Any, batch: Batch, pooling: str, temperature: float) -> Losses:

@@ -6,14 +6,19 @@ import itertools
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from lexmill.data.labelled import Conversation
+from lexmill.data.labelled import Conversation, LabelledText, Match, Question, TextPair
 from lexmill.finetune.chat import chat_example
+from lexmill.finetune.classify import label_examples
 from lexmill.finetune.config import FinetuneConfig
+from lexmill.finetune.embed import match_examples
+from lexmill.finetune.extractive import span_examples
 from lexmill.finetune.rows import TRAIN, TaskData
+from lexmill.finetune.writing import INSTRUCTIONS, asking_of, decoder_length, fit_rows
 from lexmill.model.adapter import LoraConfig
 from lexmill.model.build import build_model
 from lexmill.model.config import ModelConfig
@@ -21,10 +26,13 @@ from lexmill.model.lora import add_adapter, begin_adapter
 from lexmill.model.quantised import build_quantised
 from lexmill.model.transformer import Transformer
 from lexmill.tokenizer.tokenizer import Tokenizer
-from lexmill.train.causal import causal_loss
+from lexmill.train.batches import Batch
+from lexmill.train.causal import causal_loss, sequence_loss
 from lexmill.train.cost import Row, adapter_cost
 from lexmill.train.examples import IGNORED
 from lexmill.train.forecast import CALIBRATION_SECONDS, Data, Forecast, forecast
+from lexmill.train.objective import Losses
+from lexmill.train.pooling import read_rows
 
 _SAMPLE = 200  # conversations that are tokenized
 
@@ -46,6 +54,11 @@ def plan_finetuning(
     """
     length = config.length(shape)
     row, found = Row(length, length), None
+    judges, two = shape.shape == "encoder", shape.shape == "encoder_decoder"
+    if judges:
+        row = Row(length, 0.0)
+    elif two:
+        row = Row(length, length, decoder_length=length)
     if data is not None and tokenizer is not None:
         rows = TaskData(
             path=data,
@@ -54,12 +67,17 @@ def plan_finetuning(
             seed=config.seed,
             settings=config,
         )
-        row, found = _look_at(rows.rows(TRAIN, Conversation), tokenizer, config, length)
+        if judges:
+            row, found = _look_at_texts(rows, tokenizer, config, length)
+        elif config.task in INSTRUCTIONS:
+            row, found = _look_at_writing(rows, tokenizer, config, shape)
+        else:
+            row, found = _look_at(rows.rows(TRAIN, Conversation), tokenizer, config, length)
     lora = config.lora
     return forecast(
         config,
         shape,
-        causal_loss,
+        _reading if judges else sequence_loss if two else causal_loss,
         row,
         data=found,
         world=world,
@@ -79,6 +97,67 @@ def _any_weights(shape: ModelConfig, lora: LoraConfig) -> Transformer:
         model, _ = build_quantised(shape, model.weights(), lora.quantise)
     add_adapter(model, begin_adapter(model, lora, seed=0))
     return model
+
+
+def _reading(model: Any, batch: Batch) -> Losses:
+    """What an encoder's tasks cost: reading. Their heads are a few columns at a few places."""
+    losses = Losses()
+    losses.add("tokens", (read_rows(model, batch).float().square().sum(), None))
+    return losses
+
+
+def _look_at_texts(
+    data: TaskData, tokenizer: Tokenizer, config: FinetuneConfig, length: int
+) -> tuple[Row, Data | None]:
+    """The same for an encoder's tasks."""
+    if config.task == "classify":
+        texts = list(data.rows(TRAIN, LabelledText))
+        labels = sorted({text.label for text in texts})
+        examples = label_examples(texts[:_SAMPLE], tokenizer, labels, length)
+        rows = len(texts)
+    elif config.task == "embed":
+        matches = list(data.rows(TRAIN, Match))
+        examples = match_examples(matches[:_SAMPLE], tokenizer, length)
+        rows = len(matches)
+    else:
+        questions = list(data.rows(TRAIN, Question))
+        window = min(config.window, length)
+        examples = span_examples(questions[:_SAMPLE], tokenizer, window, config.overlap).examples
+        rows = len(questions)
+    tokens = sum(len(example.tokens) for example in examples)
+    if not tokens:
+        return Row(length, 0.0), None
+    row = Row(length, 0.0, documents=max(1.0, length * len(examples) / tokens))
+    seen = min(rows, _SAMPLE)
+    return row, Data(round(tokens * rows / seen), rows, exact=rows <= _SAMPLE)
+
+
+def _look_at_writing(
+    data: TaskData, tokenizer: Tokenizer, config: FinetuneConfig, shape: ModelConfig
+) -> tuple[Row, Data | None]:
+    """The same for tasks that write."""
+    kind: type[Question] | type[TextPair] = Question if config.task == "qa" else TextPair
+    rows = list(data.rows(TRAIN, kind))
+    length, asking = config.length(shape), asking_of(config, shape, kind)
+    fitted = fit_rows(rows[:_SAMPLE], asking, tokenizer, shape, length, config.too_long)
+    read = sum(len(ids) for ids in fitted.prompts)
+    written = sum(len(answers[0]) for answers in fitted.answers)
+    if not read:
+        return Row(length, length), None
+    count = len(fitted.prompts)
+    if shape.shape == "encoder_decoder":
+        room = decoder_length([fitted], length)
+        share = min(length / read, room / written)  # of the sample, in a row
+        row = Row(length, written * share, decoder_length=room, documents=max(1.0, count * share))
+        tokens = read + written
+    else:
+        tokens = read + written - count
+        replies = written / tokens * (1 - config.text_share) + config.text_share
+        row = Row(length, replies * length, documents=max(1.0, length * count / tokens))
+        tokens = round(tokens / (1 - config.text_share))
+    seen = min(len(rows), _SAMPLE)
+    exact = len(rows) <= _SAMPLE and not config.text_share
+    return row, Data(round(tokens * len(rows) / seen), len(rows), exact=exact)
 
 
 def _look_at(

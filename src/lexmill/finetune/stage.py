@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lexmill.data.labelled import Row
+from lexmill.errors import DataError
 from lexmill.files import write_json
 from lexmill.finetune.answer import answer_lesson
 from lexmill.finetune.chat import chat_lesson
@@ -75,7 +76,13 @@ def make_lesson(
     Raises:
         DataError, ModelError: data or a model that do not fit the task.
     """
-    return TASKS[config.task](config, base, task_data(config, data, validation))
+    lesson = TASKS[config.task](config, base, task_data(config, data, validation))
+    if (config.patience or config.stop_metric) and not lesson.validation:
+        raise DataError(
+            "Nothing is held out, so that training cannot stop early or keep the best.",
+            "Name rows with --validation, or set validation_fraction above 0.",
+        )
+    return lesson
 
 
 def task_data(config: FinetuneConfig, data: Path, validation: Path | None = None) -> TaskData:
@@ -100,6 +107,7 @@ def finetune(
     reply: Replier | None = None,
     score: Scorer | None = None,
     tune: Tuner | None = None,
+    lesson: Lesson | None = None,
     progress: Progress = SILENT,
 ) -> tuple[ModelDirectory | AdapterDirectory, TrainResult]:
     """Teach `base` a task. The same call goes on from its checkpoints.
@@ -110,6 +118,7 @@ def finetune(
         validation: a file of rows to measure on; else a part of the data.
         reply: answers a question; called for each of `config.prompts` as training for chat goes on.
         score: gives what `config.stop_metric` may name; called at each validation.
+        lesson: what `make_lesson` made of the same, where that was needed before.
         tune: chooses on held-out rows what a task leaves open (`lexmill.evaluate.tuning.tune`).
 
     Returns:
@@ -123,7 +132,7 @@ def finetune(
     processes = Processes.join(config.device)
     if not processes.first:
         progress = SILENT
-    lesson = make_lesson(config, base, data, validation)
+    lesson = lesson or make_lesson(config, base, data, validation)
     base = lesson.base or base
     form = task_data(config, data).form
     progress.say(f"  {lesson.told}" + (f", rows of the form '{form}'" if form else ""))

@@ -104,6 +104,13 @@ def asking_of(config: FinetuneConfig, shape: ModelConfig, kind: type[Row]) -> As
     return replace(asking, read=config.length(shape)) if two else asking
 
 
+def asked_words(task: str, lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that asks in the words of an earlier one."""
+    asked = _asked(task, lineage)
+    names = ("instruction", "separator", "no_answer")
+    return {name: getattr(asked, name) for name in names} if asked else {}
+
+
 def _asked(task: str, lineage: Mapping[str, Any]) -> Asking | None:
     """What the newest training for this task noted."""
     history = lineage.get("history")
@@ -243,7 +250,7 @@ class Fitting:
 
 
 def fit_rows(
-    rows: Iterable[Row], asking: Asking, model: ModelDirectory, length: int, too_long: str
+    rows: Iterable[Row], asking: Asking, tokenizer: Tokenizer, shape: ModelConfig, length: int, too_long: str
 ) -> Fitting:
     """Rows as ids of at most `length` tokens: of a decoder prompt and answer together, else each.
 
@@ -251,7 +258,7 @@ def fit_rows(
         DataError: an empty source or answer; or rows that are too long, where that is an error, or where
             cutting the source is not enough. Lists the first of them.
     """
-    tokenizer, shape, fitted = model.tokenizer, model.config, Fitting()
+    fitted = Fitting()
     long: list[str] = []
     count = 0
     for row in rows:
@@ -283,14 +290,14 @@ def fit_rows(
         fitted.prompts.append(ids)
         fitted.answers.append(written)
     if count:
-        raise _too_long(count, long, length, too_long, model)
+        raise _too_long(count, long, length, too_long, shape)
     return fitted
 
 
-def _too_long(count: int, named: list[str], length: int, too_long: str, model: ModelDirectory) -> DataError:
+def _too_long(count: int, named: list[str], length: int, too_long: str, shape: ModelConfig) -> DataError:
     more = f" and {count - len(named):,} more" if count > len(named) else ""
-    unlimited = model.config.positions == "relative"
-    room = "" if unlimited else f", up to the model's context of {model.config.context:,}"
+    unlimited = shape.positions == "relative"
+    room = "" if unlimited else f", up to the model's context of {shape.context:,}"
     cut = 'too_long = "cut" (shortens the source), ' if too_long == "error" else ""
     return DataError(
         f"{count:,} rows have more than {length:,} tokens"
@@ -309,6 +316,7 @@ def writing_lesson(
         ModelError: a model that does not write.
     """
     asking = asking_of(config, model.config, kind)
+    of_model = model.tokenizer, model.config
     length = config.length(model.config)
     two = model.config.shape == "encoder_decoder"
     if two and config.text_share:
@@ -316,14 +324,14 @@ def writing_lesson(
             "'text_share' mixes in text to go on with, which an encoder–decoder does not do.",
             "Leave it out, or fine-tune a decoder.",
         )
-    learned = fit_rows(data.rows(TRAIN, kind), asking, model, length, config.too_long)
+    learned = fit_rows(data.rows(TRAIN, kind), asking, *of_model, length, config.too_long)
     if not learned.prompts:
         raise DataError(
             "There are no rows to learn from.",
             "All were left out: they are too long." if learned.dropped else "Is the file the right one?",
         )
     held_out = _first(data.rows(VALIDATION, kind), config.validation_rows)
-    measured = fit_rows(held_out, asking, model, length, config.too_long)
+    measured = fit_rows(held_out, asking, *of_model, length, config.too_long)
     replay = Replay(data.texts(TRAIN), model.tokenizer, length) if config.text_share else None
     start = model.config.decoder_start
 
@@ -345,7 +353,7 @@ def writing_lesson(
         length,
         model.tokenizer.ids.pad if model.tokenizer.ids.pad is not None else 0,
         f"{len(learned.prompts):,} rows" + (f"; too long: {', '.join(told)}" if told else ""),
-        decoder_length=_decoder_length(both, length) if two else 0,
+        decoder_length=decoder_length(both, length) if two else 0,
         facts={
             "rows": len(learned.prompts),
             "asked": asdict(asking),
@@ -377,7 +385,7 @@ def made_examples(fitted: Fitting, epoch: int, start: int | None) -> list[Exampl
     return made
 
 
-def _decoder_length(parts: Sequence[Fitting], length: int) -> int:
+def decoder_length(parts: Sequence[Fitting], length: int) -> int:
     """Tokens that a row of an encoder–decoder writes: in the proportion of the data, so that both sides fill."""
     longest = max((len(ids) for part in parts for answers in part.answers for ids in answers), default=1)
     read = sum(len(ids) for ids in parts[0].prompts)

@@ -14,21 +14,12 @@ from lexmill.config import suggest
 from lexmill.errors import ConfigError, DataError, FileError, ModelError
 from lexmill.inference.beams import Hypothesis, beam_search
 from lexmill.inference.generation import GenerationConfig, Step, generate
-from lexmill.inference.judging import (
-    Answer,
-    AnswerSettings,
-    by_length,
-    find_answers,
-    label_probabilities,
-    require_labels,
-    temperature_of,
-)
 from lexmill.inference.sampling import SamplingConfig, log_softmax
+from lexmill.inference.task_heads import TaskHeads
 from lexmill.model.adapter_files import AdapterDirectory, is_adapter
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.sentence_files import read_pooling
-from lexmill.tokenizer.pairs import cut, encode_pairs
 from lexmill.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -45,7 +36,7 @@ class Filling:
     sentence: str
 
 
-class LanguageModel:
+class LanguageModel(TaskHeads):
     """A Transformer of any shape with its tokenizer.
 
     Attributes:
@@ -240,65 +231,6 @@ class LanguageModel:
         if normalise:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
         return vectors[0] if single else vectors
-
-    def classify(
-        self, texts: str | Sequence[str], second: str | Sequence[str] | None = None, *, rows: int = 16
-    ) -> list[dict[str, float]]:
-        """For each text, or pair of texts, the probability of every label, the likeliest first.
-
-        Probabilities are calibrated if the model was when it was fine-tuned. A text that the context does not
-        hold is cut.
-
-        Args:
-            second: of each pair the other text.
-            rows: computed at once.
-
-        Raises:
-            ModelError: the model has no head that tells labels apart.
-            DataError: an empty text, or not as many second texts.
-        """
-        require_labels(self.config.labels)
-        first = [texts] if isinstance(texts, str) else list(texts)
-        others = [second] if isinstance(second, str) else list(second) if second is not None else None
-        if others is not None and len(others) != len(first):
-            raise DataError(f"There are {len(first):,} texts, but {len(others):,} second ones.")
-        for number, text in enumerate(first, 1):
-            if not text.strip():
-                raise DataError(f"Text {number} is empty.")
-        asked = list(zip(first, others or [None] * len(first), strict=True))
-        logits = self.label_logits(asked, rows=rows)
-        return label_probabilities(logits, self.config.labels, temperature_of(self.lineage))
-
-    def label_logits(self, pairs: Sequence[tuple[str, str | None]], *, rows: int = 16) -> np.ndarray:
-        """The logits of every label, not calibrated, float32: (len(pairs), labels)."""
-        from lexmill.inference.torch_backend import head_logits
-
-        require_labels(self.config.labels)
-        encoded = [cut(pair, self.config.context) for pair in encode_pairs(self.tokenizer, pairs)]
-        found = by_length(encoded, functools.partial(head_logits, self.network), rows)
-        return np.stack(found) if found else np.zeros((0, len(self.config.labels)), np.float32)
-
-    def answer(self, question: str, context: str) -> Answer:
-        """What a text says to a question, in its own words (encoders with a head that finds answers)."""
-        return self.answers([(question, context)])[0]
-
-    def answers(self, questions: Sequence[tuple[str, str]], *, rows: int = 16) -> list[Answer]:
-        """The same for many pairs of question and context.
-
-        Raises:
-            ModelError: the model has no head that finds answers.
-            DataError: an empty question or context.
-        """
-        from lexmill.inference.torch_backend import head_logits
-
-        if not self.config.span:
-            raise ModelError(
-                "This model has no head that finds answers in a text.",
-                "Give an encoder one: lexmill finetune MODEL --task qa --data FILE --out DIR",
-            )
-        settings = AnswerSettings.of(self.lineage, self.config.context)
-        compute = functools.partial(head_logits, self.network)
-        return find_answers(self.tokenizer, questions, settings, compute, rows)
 
     def hidden_states(self, text: str) -> np.ndarray:
         """The residual stream before the first layer and behind each: (layers + 1, tokens, width), float32."""

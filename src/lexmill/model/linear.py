@@ -43,6 +43,14 @@ def _learns_in_bfloat16(weights: tuple[Tensor, ...]) -> bool:
     )
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b. With a bias by oneDNN itself: `F.linear` first writes the bias to each row, to add to it."""
+    fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if bias is not None else None
+    if fused is None or not torch.backends.mkldnn.is_available():
+        return F.linear(x, weight, bias)
+    return fused(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
 class _Linear(torch.autograd.Function):
     """Products in bfloat16; the gradients of weights and bias are summed, and stay, in float32."""
 
@@ -57,7 +65,7 @@ class _Linear(torch.autograd.Function):
             ctx.save_for_backward(inputs, weight)
             ctx.compiled, ctx.dtype, ctx.biased = compiled, x.dtype, bias is not None
             ctx.outputs = [len(part) for part in parts]
-            return F.linear(inputs, weight, None if bias is None else bias.bfloat16())
+            return _product(inputs, weight, None if bias is None else bias.bfloat16())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

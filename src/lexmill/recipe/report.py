@@ -34,9 +34,23 @@ MEASURES = {
     "token_accuracy": ("token accuracy", "higher is better"),
     "exact": ("exact replies", "word for word, higher is better"),
     "conversations": ("conversations", "answered in full"),
+    "rougeL": ("ROUGE-L", "F-measure, higher is better"),
+    "rouge1": ("ROUGE-1", "F-measure, higher is better"),
+    "rouge2": ("ROUGE-2", "F-measure, higher is better"),
+    "rougeLsum": ("ROUGE-Lsum", "F-measure, higher is better"),
+    "bleu": ("BLEU", "percent, higher is better"),
+    "chrf": ("chrF", "percent, higher is better"),
+    "f1": ("F1", "higher is better"),
 }
-GROUPS = {"text": "Held-out text", "replies": "Replies"}
-SHARES = ("token_accuracy", "exact")
+GROUPS = {
+    "text": "Held-out text",
+    "replies": "Replies",
+    "chat": "Replies, held-out rows",
+    "summarise": "Summaries, held-out rows",
+    "translate": "Translations, held-out rows",
+    "qa": "Answers, held-out questions (percent)",
+}
+SHARES = {"replies": ("token_accuracy", "exact"), "chat": ("token_accuracy", "exact")}
 
 
 def write_report(run: Path, out: Path) -> Path:
@@ -308,7 +322,7 @@ def _comparison(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         for measure in dict.fromkeys(name for column in group.values() for name in column):
             label, unit = MEASURES.get(measure, (markup.as_words(measure), ""))
             cells = "".join(
-                f'<td class="number">{_score(measure, group.get(name, {}).get(measure))}</td>'
+                f'<td class="number">{_score(key, measure, group.get(name, {}).get(measure))}</td>'
                 for name in columns
             )
             rows.append(
@@ -319,8 +333,8 @@ def _comparison(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     )
 
 
-def _score(measure: str, value: Any) -> str:
-    if measure in SHARES and markup.is_finite(value):
+def _score(group: str, measure: str, value: Any) -> str:
+    if measure in SHARES.get(group, ()) and markup.is_finite(value):
         return f"{100 * value:.1f} %"
     return "" if value is None else markup.show_value(value)
 

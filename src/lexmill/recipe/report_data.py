@@ -101,7 +101,7 @@ class Run:
                 Stage(step, title, _lines(run / step / "metrics.jsonl"), _lines(run / step / "samples.jsonl"))
                 for step, title in (("pretrain", "Pretraining"), ("finetune", "Fine-tuning"))
             ),
-            scores=table("evaluate/scores.json"),
+            scores=_together(table("finetune/scores.json"), table("evaluate/scores.json")),
             verification=table("verify.json"),
             lineage=table("model/lexmill.json"),
             environment=table("environment.json"),
@@ -126,6 +126,12 @@ class Run:
     def diagnoses(self) -> list[dict[str, Any]]:
         """The likely causes of what differs."""
         return markup.as_dicts(self.verification.get("diagnoses"))
+
+
+def _together(tuned: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
+    """What fine-tuning scored of its task, and what the step "evaluate" did."""
+    examples = [*markup.as_dicts(tuned.get("examples")), *markup.as_dicts(scores.get("examples"))]
+    return {**tuned, **scores} | ({"examples": examples} if examples else {})
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -7,19 +7,21 @@ writes it again, as long as the tokenizer is the one that was imported and nothi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from lexmill.errors import ModelError
-from lexmill.formats.gguf import GGUFFile, Value
+from lexmill.formats.gguf import GGUFFile, Value, string
 from lexmill.model.config import ModelConfig
 from lexmill.runtimes.gguf_shapes import shape_metadata
 from lexmill.runtimes.gguf_tokenizer import tokenizer_metadata
 from lexmill.tokenizer.tokenizer import Tokenizer
 
 _HASH = "tokenizer_sha256"
+_ASKED = "lexmill.asked"
 # An export decides these by what it writes.
 _OWN = (
     "general.architecture",
@@ -43,7 +45,7 @@ def keep(file: GGUFFile, config: ModelConfig, tokenizer: Tokenizer, pooling: str
     written |= shape_metadata(config, pooling)
     kept: dict[str, Any] = {}
     for key, value in file.metadata.items():
-        if key in _OWN or key.startswith("quantize."):
+        if key in (*_OWN, _ASKED) or key.startswith("quantize."):
             continue
         plain = value.tolist() if isinstance(value, np.ndarray) else value
         type = file.types[key].removeprefix("array of ")
@@ -60,6 +62,27 @@ def keep(file: GGUFFile, config: ModelConfig, tokenizer: Tokenizer, pooling: str
                 row = {"type": type, "changed": changes}
         kept[key] = row
     return {_HASH: tokenizer.sha256, "keys": kept} if kept else {}
+
+
+def asked(lineage: Mapping[str, Any]) -> dict[str, Value]:
+    """A key of lexmill's own: how the model was asked in training for its tasks, so that it can be asked so again."""
+    history = lineage.get("history")
+    entries = [
+        {"task": entry.get("task"), "asked": entry["asked"]}
+        for entry in (history if isinstance(history, list) else [])
+        if isinstance(entry, Mapping) and entry.get("asked")
+    ]
+    return {_ASKED: string(json.dumps(entries, ensure_ascii=False))} if entries else {}
+
+
+def asked_in(file: GGUFFile) -> dict[str, Any]:
+    """The same from a file, as a lineage; empty where it says nothing."""
+    value = file.metadata.get(_ASKED)
+    try:
+        entries = json.loads(value) if isinstance(value, str) else []
+    except (ValueError, RecursionError):
+        entries = []
+    return {"history": entries} if isinstance(entries, list) and entries else {}
 
 
 def restored(

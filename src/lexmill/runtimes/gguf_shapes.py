@@ -73,6 +73,12 @@ def require_place(config: ModelConfig, where: str) -> None:
             "heads that are together wider or narrower than the model": wide,
         },
     }
+    head = "tells labels apart" if config.labels else "finds answers" if config.span else ""
+    if head:  # of an encoder a file holds what embeds texts; without its head this model does nothing
+        raise ModelError(
+            f"{where}: a GGUF file has no place for the head that {head}.",
+            "It runs in transformers: lexmill export hf. For vectors, export the model that it was made from.",
+        )
     for problem, present in problems.get(config.family, {}).items():
         if present:
             raise ModelError(

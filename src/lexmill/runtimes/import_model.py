@@ -19,7 +19,7 @@ from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory, convert, write_model_directory
 from lexmill.model.names import WeightName, weight_names, weight_shapes
 from lexmill.progress import SILENT, Progress, Task
-from lexmill.runtimes.gguf_kept import keep
+from lexmill.runtimes.gguf_kept import asked_in, keep
 from lexmill.runtimes.gguf_rope import ROPE_FREQS
 from lexmill.runtimes.gguf_shapes import read_weight, weight_from_gguf
 from lexmill.runtimes.gguf_vocabulary import read_vocabulary
@@ -142,6 +142,7 @@ def _import_gguf(
             "by": f"lexmill {__version__}",
         },
     }
+    lineage |= asked_in(file)
     kept = keep(file, config, tokenizer, pooling)
     if kept:
         lineage["gguf"] = kept

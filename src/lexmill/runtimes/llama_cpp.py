@@ -21,7 +21,7 @@ from lexmill.formats.imatrix import ImportanceMatrix, read_imatrix
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.names import weight_shapes
 from lexmill.progress import SILENT, Progress, Task
-from lexmill.runtimes.gguf_kept import restored, same_value
+from lexmill.runtimes.gguf_kept import asked, restored, same_value
 from lexmill.runtimes.gguf_mixes import ALIASES, MIXES, choose_types
 from lexmill.runtimes.gguf_rope import ROPE_FREQS, divisors_differ, frequency_divisors
 from lexmill.runtimes.gguf_shapes import (
@@ -126,7 +126,7 @@ def _metadata(model: ModelDirectory, mix: str) -> dict[str, Value]:
         | shape_metadata(config, model.pooling)
         | tokenizer_metadata(model.tokenizer, config.vocab_size, str(model.path))
     )
-    return metadata | restored(model.lineage, model.tokenizer, metadata)
+    return metadata | asked(model.lineage) | restored(model.lineage, model.tokenizer, metadata)
 
 
 def _importance_metadata(matrix: ImportanceMatrix, source: str) -> dict[str, Value]:

@@ -50,7 +50,7 @@ def model_card(model: ModelDirectory, lineage: Mapping[str, Any] | None = None) 
     made = {key: value for key, value in _flat(lineage) if not key.startswith(("scores", "gguf."))}
     with_data = (model.path / DATA_CARD).is_file()
     scores = dict(_flat(lineage.get("scores") or {}))
-    sentences = config.shape == "encoder" and not config.mlm
+    sentences = _pipeline(config) == "sentence-similarity"
     header = {
         "library_name": "sentence-transformers" if sentences else "transformers",
         "pipeline_tag": _pipeline(config),
@@ -83,6 +83,8 @@ def _layers(config: ModelConfig) -> str:
 
 def _pipeline(config: ModelConfig) -> str:
     if config.shape == "encoder":
+        if config.labels or config.span:
+            return "text-classification" if config.labels else "question-answering"
         return "fill-mask" if config.mlm else "sentence-similarity"
     return "text-generation" if config.shape == "decoder" else "text2text-generation"
 
@@ -92,6 +94,8 @@ def _where(config: ModelConfig, chat: bool) -> str:
     if config.shape == "decoder":
         rows["llama.cpp"] = "yes, exported to GGUF (f32, f16, bf16, and quantised from q8_0 to q4_0)"
         rows["Ollama"] = "yes, from the GGUF file with its Modelfile" if chat else "yes, from the GGUF file"
+    elif config.labels or config.span:
+        rows["llama.cpp"] = rows["Ollama"] = "not exported: no place for its head"
     elif config.shape == "encoder":
         rows["llama.cpp"] = "embeddings only, exported to GGUF; it has no place for the heads"
         rows["Ollama"] = "embeddings only, from the GGUF file"
@@ -134,6 +138,18 @@ def _writer_lines(model: ModelDirectory, chat: bool) -> tuple[str, str, str]:
 
 
 def _encoder_lines(model: ModelDirectory, chat: bool) -> tuple[str, str, str]:
+    if model.config.labels:
+        ask = 'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+        show = "best = int(model(**inputs).logits.argmax())\nprint(model.config.id2label[best])\n"
+        return "AutoModelForSequenceClassification", ask, show
+    if model.config.span:
+        ask = 'inputs = tokenizer("Who came?", "Once upon a time Anne came.", return_tensors="pt")\n'
+        show = (
+            "out = model(**inputs)\n"
+            "begin, end = int(out.start_logits.argmax()), int(out.end_logits.argmax())\n"
+            'print(tokenizer.decode(inputs["input_ids"][0, begin : end + 1]))\n'
+        )
+        return "AutoModelForQuestionAnswering", ask, show
     mask = model.tokenizer.ids.mask if model.has_tokenizer and model.config.mlm else None
     if mask is None:
         ask = 'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'

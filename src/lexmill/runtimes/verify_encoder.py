@@ -9,12 +9,13 @@ import numpy as np
 
 from lexmill.inference.language_model import LanguageModel
 from lexmill.inference.sampling import log_softmax
-from lexmill.inference.torch_backend import hidden_rows, pair_logits
+from lexmill.inference.torch_backend import head_logits, hidden_rows, pair_logits
 from lexmill.runtimes.verify_cases import PAIRS, TEXTS, id_rows, reads_back, usable_texts, with_gap
 from lexmill.runtimes.verify_checks import same_ids, same_logprobs
 from lexmill.runtimes.verify_report import Check, counted, short
 from lexmill.runtimes.verify_stress import Stress
 from lexmill.runtimes.verify_tolerances import TOLERANCES
+from lexmill.tokenizer.pairs import read_pair
 
 if TYPE_CHECKING:
     from lexmill.runtimes.verify_transformers import TransformersEncoder
@@ -62,6 +63,8 @@ class EncoderComparison:
             yield self.logits()
         if self.config.nsp:
             yield self.pairs()
+        if self.config.labels or self.config.span:
+            yield self.head()
         yield self.embeddings()
         if self.config.mlm and self.gaps:
             yield self.fill()
@@ -116,6 +119,18 @@ class EncoderComparison:
                 return self._no_head("pairs", "next-sentence")
             cases.append((pair_logits(self.model.network, ids, segments), theirs))
         return same_logprobs(self.name, "pairs", cases, "pairs")
+
+    def head(self) -> Check:
+        """The head that tells labels apart, or that finds answers, on pairs of texts."""
+        name = "labels" if self.config.labels else "answers"
+        cases = []
+        for ids, segments in self._pair_rows():
+            theirs = self.runtime.task_logits(ids, segments if self.config.segments else None)
+            if theirs is None:
+                return self._no_head(name, "task's")
+            (ours,) = head_logits(self.model.network, [read_pair(ids, segments)])
+            cases.append((ours if self.config.labels else ours.T, theirs))
+        return same_logprobs(self.name, name, cases, "pairs")
 
     def _pair_rows(self) -> list[tuple[list[int], list[int]]]:
         second = max(self.config.segments - 1, 0)

@@ -151,6 +151,8 @@ class TransformersEncoder(_Transformers):
             "ForPreTraining": "AutoModelForPreTraining",
             "ForMaskedLM": "AutoModelForMaskedLM",
             "ForNextSentencePrediction": "AutoModelForNextSentencePrediction",
+            "ForSequenceClassification": "AutoModelForSequenceClassification",
+            "ForQuestionAnswering": "AutoModelForQuestionAnswering",
         }
         found = [auto for ending, auto in endings.items() if self.architecture.endswith(ending)]
         return found[0] if found else "AutoModel"
@@ -172,6 +174,16 @@ class TransformersEncoder(_Transformers):
         out = self._run(self._model, ids, token_type_ids=self._row(segments))
         pairs_only = self.architecture.endswith("ForNextSentencePrediction")
         found = out.get("seq_relationship_logits", out.get("logits") if pairs_only else None)
+        return None if found is None else found[0].float().numpy()
+
+    def task_logits(self, ids: Sequence[int], segments: Sequence[int] | None) -> np.ndarray | None:
+        """Of the head that tells labels apart, (labels,), or that finds answers, (2, len(ids)); None without one."""
+        out = self._run(
+            self._model, ids, **({} if segments is None else {"token_type_ids": self._row(segments)})
+        )
+        if "start_logits" in out:
+            return np.stack([out[name][0].float().numpy() for name in ("start_logits", "end_logits")])
+        found = out.get("logits") if self.architecture.endswith("ForSequenceClassification") else None
         return None if found is None else found[0].float().numpy()
 
     def mean_hidden(self, ids: Sequence[int]) -> np.ndarray:

@@ -39,6 +39,12 @@ class Pair:
         return Pair(self.ids[kept], self.segments[kept], self.part[kept], self.begins[kept], self.ends[kept])
 
 
+def read_pair(ids: Sequence[int], segments: Sequence[int]) -> Pair:
+    """A pair of which only the ids and segments are known."""
+    nothing = np.zeros(len(ids), np.int64)
+    return Pair(np.array(ids, np.int64), np.array(segments, np.int64), nothing, nothing, nothing)
+
+
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str | None]]) -> list[Pair]:
     """Pairs as `Tokenizer.encode_pair` gives their ids; where there is no second text, as `encode` does.
 

@@ -121,14 +121,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(inputs), _ROWS):
                 part = inputs[start : start + _ROWS]
                 logits = torch.mm(part, matrix.mT)
-                total += _to_gradient(logits, targets[start : start + _ROWS], bias, to_bias)
+                total += _to_gradient(logits, targets[start : start + _ROWS], bias)
                 torch.mm(logits, matrix, out=to_hidden[start : start + _ROWS])
-                if to_weight is None:
-                    continue
-                if dtype == torch.float32:
-                    to_weight.addmm_(logits.mT, part)
-                else:
-                    to_weight += torch.mm(logits.mT, part)
+                _add_gradients(logits, part, to_weight, to_bias)
         ctx.save_for_backward(to_hidden, to_weight, to_bias)
         ctx.dtypes = hidden.dtype, weight.dtype
         return total
@@ -142,19 +137,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return to_hidden.to(hidden) * scale, learned, None, bias, None
 
 
-def _to_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None, to_bias: Tensor | None) -> Tensor:
+def _add_gradients(gradient: Tensor, part: Tensor, to_weight: Tensor | None, to_bias: Tensor | None) -> None:
+    """Add what some rows give to the gradients of weight and bias, where they are wanted.
+
+    Args:
+        gradient: (n, vocabulary), of the logits.
+        part: (n, width), hidden states in the same type.
+    """
+    compiled = kernels_for(gradient)
+    if to_weight is not None and gradient.dtype == torch.float32:
+        to_weight.addmm_(gradient.mT, part)
+    elif to_weight is not None and compiled and compiled.finds_weight_gradients:
+        some, some_bias = compiled.weight_gradient(gradient, part, biased=to_bias is not None)
+        to_weight += some
+        if to_bias is not None and some_bias is not None:
+            to_bias += some_bias
+        return
+    elif to_weight is not None:
+        to_weight += torch.mm(gradient.mT, part)
+    if to_bias is not None:
+        to_bias += gradient.sum(0, dtype=torch.float32)
+
+
+def _to_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
     """Put the gradient of the cross-entropy in the place of some logits; returns its sum.
 
     Args:
         logits: (n, vocabulary), without `bias`.
         targets: (n,); the gradient of an ignored one is 0.
-        to_bias: the bias's gradient is added to it.
     """
     if compiled := kernels_for(logits):
-        lost = compiled.cross_entropy(logits, targets, bias).sum()
-        if to_bias is not None:
-            to_bias += logits.sum(0, dtype=torch.float32)
-        return lost
+        return compiled.cross_entropy(logits, targets, bias).sum()
     lost = logits.new_zeros((), dtype=torch.float32)
     at_once = len(logits) if logits.is_cuda else max(_CACHED // logits.shape[1], _FEWEST)
     for rows, index in zip(logits.split(at_once), targets[:, None].split(at_once)):
@@ -167,8 +180,6 @@ def _to_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None, to_bias: 
         lost -= (exact.gather(1, index) * counts).sum()
         exact.exp_().scatter_add_(1, index, exact.new_full(index.shape, -1.0))  # less one at the target
         exact *= counts
-        if to_bias is not None:
-            to_bias += exact.sum(0)
         if exact is not rows:
             rows.copy_(exact)
     return lost

@@ -70,8 +70,10 @@ def spread(task: Task, processes: Processes, sharding: Sharding, compiled: bool 
         for part in (*_blocks(task), task):
             fully_shard(part)
         return task
-    # a step without pairs leaves the pair head without a gradient
-    unused = hasattr(task.model, "nsp")
+    # a step without pairs leaves the pair head without a gradient, and texts that are embedded any pooler
+    unused = hasattr(task.model, "nsp") or (
+        hasattr(task.model, "pooler") and not hasattr(task.model, "label")
+    )
     return nn.parallel.DistributedDataParallel(
         # the only buffers are a quantised base, which is the same everywhere
         task,
