@@ -118,9 +118,7 @@ def test_with_few_examples_and_the_chat_template(folder, both) -> None:
         assert asked[0] == asked[1]
 
 
-@pytest.mark.parametrize(
-    "pair", [("", "Anne"), ("Anne ", "lived"), ("a " * 300, "b c")]
-)
+@pytest.mark.parametrize("pair", [("", "Anne"), ("Anne ", "lived"), ("a " * 300, "b c")])
 def test_hard_pairs(both, pair) -> None:
     request = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0)]
     (ours,), (theirs,) = (model.loglikelihood(request) for model in both)

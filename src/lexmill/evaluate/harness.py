@@ -107,7 +107,8 @@ class HarnessModel(TemplateLM):
             wanted = [len(requests[index][2]) for index in members]
             for index, answer in zip(members, self._continuations(rows, wanted)):
                 found[index] = answer
-                self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+                if requests[index][0] is not None:  # a window of a longer text is no request
+                    self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
         return found
 
     @torch.inference_mode()
@@ -143,10 +144,8 @@ class HarnessModel(TemplateLM):
                 windows.append((None, list(context), list(continuation)))
                 owners.append(owner)
         sums = [0.0] * len(requests)
-        hook, self.cache_hook = self.cache_hook, type(self.cache_hook)(None)  # windows are no requests
         for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows)):
             sums[owner] += logprob
-        self.cache_hook = hook
         for request, total in zip(requests, sums):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums

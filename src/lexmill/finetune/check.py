@@ -172,6 +172,10 @@ def sketcher(task: str, model: ModelDirectory, config: FinetuneConfig) -> Callab
         raise ModelError(
             f"{model.path}: this model has no chat template, so a conversation cannot be written for it."
         )
+    if task in ("classify", "embed") and shape != "encoder":
+        raise ModelError(
+            f"{model.path}: the task '{task}' needs an encoder; this model has the shape '{shape}'."
+        )
 
     def chat(row: Any) -> Sketch:
         example = chat_example(row.messages, tokenizer)
@@ -207,7 +211,7 @@ def sketcher(task: str, model: ModelDirectory, config: FinetuneConfig) -> Callab
         asking = asking_of(config, model.config, KINDS_OF_TASKS[task])
 
         def write(row: Any) -> Sketch:
-            fitted = fit_rows([row], asking, model, _ENDLESS, "error")
+            fitted = fit_rows([row], asking, tokenizer, model.config, _ENDLESS, "error")
             examples = made_examples(
                 fitted, 0, model.config.decoder_start if shape == "encoder_decoder" else None
             )
