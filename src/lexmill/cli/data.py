@@ -149,10 +149,12 @@ def _show_file(report: FileReport, screen: Any) -> None:
     good = f"{report.rows:,} rows that can be used"
     line = Text(f"{report.path}: ") + Text(f"form '{report.form}'", "bold") + Text(f", {good}, ")
     screen.print(line + Text(f"{report.bad:,} bad", "bold red" if report.bad else "green"))
-    others = {name or "no known form": count for name, count in report.forms.items() if name != report.form}
+    others = {name: count for name, count in report.forms.items() if name != report.form}
     if others:
-        told = ", ".join(f"{count:,} of {name}" for name, count in others.items())
-        screen.print(Text(f"  rows of other forms: {told}", "red"))
+        told = ", ".join(
+            f"{count:,} like '{name}'" if name else f"{count:,} like none" for name, count in others.items()
+        )
+        screen.print(Text(f"  rows that do not look like '{report.form}': {told}", "red"))
     if report.dropped:
         told = ", ".join(f"{name} ({count:,})" for name, count in report.dropped.items())
         screen.print(Text(f"  not used: {told}", "dim"))
@@ -185,7 +187,10 @@ def _show_lengths(report: LengthReport, model: str, screen: Any) -> None:
     _title(f"tokens of a row, by {model}", screen)
     for name, figures in (("", report.tokens), ("written: ", report.written)):
         if figures:
-            told = ", ".join(f"{key} {value:,.0f}" for key, value in figures.items())
+            told = ", ".join(
+                f"{key} up to {value:,.0f}" if "%" in key else f"{key} {value:,.0f}"
+                for key, value in figures.items()
+            )
             screen.print(f"  {name}{told}; targets {100 * report.targets:.0f} %")
     most = max((count for _, _, count in report.histogram), default=0)
     wide = len(f"{report.histogram[-1][1]:,}") if report.histogram else 0
@@ -239,14 +244,15 @@ def _show_overlap(title: str, report: FileReport, found: Overlap, screen: Any) -
 
 
 def _show_labels(report: FileReport, screen: Any) -> None:
+    from rich.cells import cell_len, set_cell_size
     from rich.text import Text
 
     _title(f"{len(report.labels):,} labels", screen)
     most, total = max(report.labels.values()), sum(report.labels.values())
-    wide = max(len(name) for name in list(report.labels)[:30])
+    wide = max(cell_len(name) for name in list(report.labels)[:30])
     for name, count in list(report.labels.items())[:30]:
         share = f" {count:,} ({100 * count / total:.1f} %)"
-        screen.print(Text(f"  {name:<{wide}} ") + _bar(count, most, "cyan") + Text(share))
+        screen.print(Text(f"  {set_cell_size(name, wide)} ") + _bar(count, most, "cyan") + Text(share))
     if report.contradictions:
         screen.print(Text(f"  {report.contradictions:,} texts occur with different labels", "yellow"))
 
