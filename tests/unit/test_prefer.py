@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import lexmill
 
 from lexmill.data.labelled import Preference
 from lexmill.errors import DataError
@@ -295,3 +296,14 @@ def test_other_shapes_and_rows_are_refused(tmp_path, base) -> None:
     with pytest.raises(DataError, match="the task needs chosen and rejected replies"):
         finetune(config, base, tmp_path / "a.jsonl", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_commands(tmp_path, model_path) -> None:
+    write_pairs(tmp_path / "train.jsonl", 12, 1)
+    tuned = lexmill("finetune", model_path, "--task", "prefer", "--data", tmp_path / "train.jsonl", "--validation", tmp_path / "train.jsonl", "--out", tmp_path / "out", "--lora", "--steps", "2", "--set", "rows=2", "--no-score")  # fmt: skip
+    assert tuned.returncode == 0, tuned.stderr
+    assert "12 pairs of replies, rows of the form 'chosen-rejected'" in tuned.stderr
+    scored = lexmill("evaluate", tmp_path / "out", "--task", "prefer", "--data", tmp_path / "train.jsonl", "--json", "--limit", "4")  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    found = json.loads(scored.stdout)
+    assert found["rows"] == 4 and next(iter(found["metrics"])) == "win_rate"

@@ -18,7 +18,10 @@ def evaluate(
     base: Annotated[Path | None, typer.Option("--base", help="Another model to compare with.")] = None,
     task: Annotated[
         str | None,
-        typer.Option("--task", help="Score this task on the rows of --data: chat, classify, qa, embed."),
+        typer.Option(
+            "--task",
+            help="Score this task on the rows of --data: chat, classify, embed, prefer, qa, summarise, translate.",
+        ),
     ] = None,
     data: Annotated[
         Path | None,

@@ -253,6 +253,12 @@ class RowFile:
         return make
 
     def _fields(self, raw: RawRow, form: Form) -> Fields:
+        try:  # JSON can say "\\ud800", which is half a character
+            json.dumps(raw.values, ensure_ascii=False, default=str).encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{raw.where}: it holds half a surrogate pair, which is no character.", "Take it out."
+            ) from None
         names = form.names(raw.values)
         absent = next((name for name in form.needed if name not in names), None)
         other = None if absent is None else next((other for other in FORMS if other.fits(raw.values)), None)

@@ -101,7 +101,10 @@ def pair_examples(
     long: list[str] = []
     left_out = 0
     for row in rows:
-        pair = pair_example(row, tokenizer)
+        try:
+            pair = pair_example(row, tokenizer)
+        except DataError as error:
+            raise DataError(f"{row.origin}: {error.message}", error.hint) from error
         size = len(pair.tokens)
         if size > length and too_long == "cut":
             pair = _cut(pair, length)

@@ -75,7 +75,7 @@ class _LinearTokenLosses(torch.autograd.Function):
                 picked = exact.gather(1, targets[rows, None].clamp(min=0))[:, 0]
                 lost[rows] = (exact.logsumexp(-1) - picked) * (targets[rows] != IGNORED)
                 if to_hidden is not None:
-                    _to_gradient(logits, targets[rows], None, None)
+                    _to_gradient(logits, targets[rows], None)
                     torch.mm(logits, matrix, out=to_hidden[rows])
         ctx.save_for_backward(to_hidden, *((inputs, matrix, targets) if with_weight else ()))
         ctx.dtypes = hidden.dtype, weight.dtype
@@ -94,10 +94,10 @@ class _LinearTokenLosses(torch.autograd.Function):
             for start in range(0, len(inputs), _ROWS):
                 rows = slice(start, start + _ROWS)
                 logits = torch.mm(inputs[rows], matrix.mT)
-                _to_gradient(logits, targets[rows], None, None)
+                _to_gradient(logits, targets[rows], None)
                 logits *= scales[rows, None].to(logits.dtype)
                 torch.mm(logits, matrix, out=to_hidden[rows])
-                to_weight += torch.mm(logits.mT, inputs[rows])
+                _add_gradients(logits, inputs[rows], to_weight, None)
         return to_hidden.to(hidden), to_weight.to(weight), None, None
 
 
