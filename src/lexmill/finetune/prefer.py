@@ -27,6 +27,7 @@ from lexmill.train.causal import counted
 from lexmill.train.cross_entropy import linear_token_losses
 from lexmill.train.examples import IGNORED, Example
 from lexmill.train.objective import Losses
+from lexmill.train.precision import autocast, choose_precision
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2  # segments of a pair
 _NAMED = 5  # rows that a message names
@@ -69,8 +70,12 @@ def prefer_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskData)
     switched = config.lora is not None and not config.lora.modules_to_save
 
     def begin(network: Any, rows: int, progress: Progress) -> None:
-        batches = fixed_batches([*pairs, *validation], rows=rows, length=length, pad_id=pad)
-        known.learn(network, batches, progress)
+        device = next(network.parameters()).device.type
+        # training computes in its own number format, validation in float32: each is compared with its like
+        for some, precision in ((pairs, choose_precision(config.precision, device)), (validation, "float32")):
+            batches = fixed_batches(some, rows=rows, length=length, pad_id=pad)
+            with autocast(precision, device):
+                known.learn(network, batches, progress)
 
     return Lesson(
         PreferenceLoss(adapter_off if switched else known, config.beta, config.label_smoothing),
