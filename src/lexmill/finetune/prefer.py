@@ -73,7 +73,7 @@ def prefer_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskData)
         device = next(network.parameters()).device.type
         # training computes in its own number format, validation in float32: each is compared with its like
         for some, precision in ((pairs, choose_precision(config.precision, device)), (validation, "float32")):
-            batches = fixed_batches(some, rows=rows, length=length, pad_id=pad)
+            batches = fixed_batches(some, rows=rows, length=length, pad_id=pad) if some else []
             with autocast(precision, device):
                 known.learn(network, batches, progress)
 
