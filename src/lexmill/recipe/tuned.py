@@ -181,6 +181,7 @@ class _Scores:
             max_tokens=self.config.score_tokens,
             examples=examples,
             too_long=too_long,  # type: ignore[arg-type]
+            reference=str(self.base.path),
         )
         return self._scorer(model, Scoring(rows, settings, progress))
 
