@@ -249,6 +249,21 @@ def test_long_pairs_are_refused_left_out_or_cut(tokenizer) -> None:
         pair_examples(long[:1], tokenizer, 10, "cut")
 
 
+def test_scores_of_rows_of_which_some_are_too_long(tmp_path, model_path) -> None:
+    write_pairs(tmp_path / "test.jsonl", 4, 1)
+    lines = (tmp_path / "test.jsonl").read_text().splitlines()
+    long = {**json.loads(lines[0]), "chosen": "a very long reply " * 80}
+    (tmp_path / "test.jsonl").write_text("\n".join([lines[0], json.dumps(long), *lines[1:]]) + "\n")
+    model = load(model_path)
+    with pytest.raises(DataError, match="row 2"):
+        score_task("prefer", model, tmp_path / "test.jsonl")
+    scores = score_task(
+        "prefer", model, tmp_path / "test.jsonl", ScoreConfig(too_long="drop", reference=str(model_path))
+    )
+    assert scores.rows == 4 and scores.metrics["margin"] == 0 and scores.details["left_out"] == 1
+    assert scores.predictions == [0.0, None, 0.0, 0.0, 0.0]
+
+
 def write_pairs(path, count: int, seed: int) -> None:
     """The preferred reply ends with a mark."""
     chance = random.Random(seed)
