@@ -33,7 +33,7 @@ from lexmill.model.adapter import LoraConfig
 from lexmill.model.build import build_model
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.lora import LoraLinear, add_adapter, begin_adapter, without_adapter
-from lexmill.progress import SILENT
+from lexmill.progress import SILENT, Progress
 from lexmill.train.batches import pack
 from lexmill.train.cross_entropy import linear_cross_entropy, linear_token_losses
 from lexmill.train.examples import IGNORED
@@ -322,3 +322,35 @@ def test_the_commands(tmp_path, model_path) -> None:
     assert scored.returncode == 0, scored.stderr
     found = json.loads(scored.stdout)
     assert found["rows"] == 4 and next(iter(found["metrics"])) == "win_rate"
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_run_that_broke_off_goes_on_to_the_same_weights(tmp_path, base, lora) -> None:
+    write_pairs(tmp_path / "train.jsonl", 20, 1)
+    config = FinetuneConfig(
+        task="prefer",
+        steps=6,
+        rows=2,
+        precision="float32",
+        validate_every=4,
+        checkpoint_seconds=0.0,
+        lora=LoraConfig(rank=4, dropout=0.1) if lora else None,
+    )
+
+    class Broken(Exception):
+        pass
+
+    def break_off(model):
+        raise Broken
+
+    data, options = tmp_path / "train.jsonl", {"validation": tmp_path / "train.jsonl"}
+    whole, _ = finetune(config, base, data, tmp_path / "whole", **options)
+    with pytest.raises(Broken):
+        finetune(config, base, data, tmp_path / "broken", score=break_off, **options)
+    told: list[str] = []
+    progress = Progress()
+    progress.say = told.append  # type: ignore[method-assign]
+    again, result = finetune(config, base, data, tmp_path / "broken", progress=progress, **options)
+    assert any(line.startswith("going on from step") for line in told) and result.steps == 6
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert (whole.path / name).read_bytes() == (again.path / name).read_bytes()
