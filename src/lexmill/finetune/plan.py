@@ -135,7 +135,9 @@ def _look_at_texts(
     else:
         questions = list(data.rows(TRAIN, Question))
         window = min(config.window, length)
-        examples = span_examples(questions[:_SAMPLE], tokenizer, window, config.overlap).examples
+        examples = span_examples(
+            questions[:_SAMPLE], tokenizer, window, min(config.overlap, window // 2)
+        ).examples
         rows = len(questions)
     tokens = sum(len(example.tokens) for example in examples)
     if not tokens:
