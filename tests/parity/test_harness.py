@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,18 @@ def test_sampling_and_stops(both) -> None:
     options = {"until": ["e"], "max_gen_toks": 30, "do_sample": True, "temperature": 0.9, "top_k": 20}
     request = [Instance(request_type="generate_until", doc={}, arguments=("Anne", options), idx=0)]
     assert "e" not in model.generate_until(request)[0]
+
+
+def test_the_harness_s_own_command_line(folder, model_path) -> None:
+    options = ["--model", "lexmill", "--model_args", f"path={model_path}", "--tasks", "choose", "--include_path", str(folder)]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "lexmill.evaluate.harness", *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "|choose|" in done.stdout and "acc_norm" in done.stdout
 
 
 def test_encoders_are_refused(tmp_path) -> None:

@@ -482,6 +482,12 @@ def test_what_asks_the_same_is_not_parted(tmp_path: Path) -> None:
     assert group(text="a", label=1) == group(text="a", label=2)
     assert group(prompt="a", chosen="b", rejected="c") == group(prompt="a", chosen="d", rejected="c")
     assert group(query="a", positive="b") == group(query="a", positive="c")
+    assert group(text="Good, really!", label=1) == group(text="good  really", label=2)
+    assert (
+        group(messages=[*ASKED, USER, REPLY])
+        == group(messages=ASKED)
+        != group(messages=[{**USER, "content": "No"}, REPLY])
+    )
 
 
 JSON = st.recursive(

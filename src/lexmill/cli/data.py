@@ -112,20 +112,27 @@ def check(
             | ({"examples": [_plain(origin, one) for origin, one in shown]} if shown else {})
         )
     else:
-        screen = console()
-        _show_file(report, screen)
-        if measured:
-            _show_lengths(measured, str(model), screen)
-        _show_overlap("repeated rows", report, report.duplicates, screen)
-        if report.compared:
-            _show_overlap(f"leakage between {report.compared}", report, report.leakage, screen)
-        if report.labels:
-            _show_labels(report, screen)
-        for origin, one in shown:
-            _show_example(origin, one, screen)
-        if shown:
-            screen.print("\nTargets are green; in a pipe they stand between ⟦ and ⟧.", style="dim")
+        _show(report, measured, str(model), shown)
     raise typer.Exit(1 if report.bad or (measured and measured.unfit) else 0)
+
+
+def _show(
+    report: FileReport, measured: LengthReport | None, model: str, shown: list[tuple[str, Sketch]]
+) -> None:
+    """All of it, for a reader."""
+    screen = console()
+    _show_file(report, screen)
+    if measured:
+        _show_lengths(measured, model, screen)
+    _show_overlap("repeated rows", report, report.duplicates, screen)
+    if report.compared:
+        _show_overlap(f"leakage between {report.compared}", report, report.leakage, screen)
+    if report.labels:
+        _show_labels(report, screen)
+    for origin, one in shown:
+        _show_example(origin, one, screen)
+    if shown:
+        screen.print("\nTargets are green; in a pipe they stand between ⟦ and ⟧.", style="dim")
 
 
 def _plain(origin: str, sketch: Sketch) -> dict[str, Any]:

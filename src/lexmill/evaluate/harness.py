@@ -203,7 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # the class must be registered under its real name, not under `__main__`
-    from lexmill.evaluate.harness import main as run
-
-    run()
+    main()
