@@ -13,9 +13,11 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval (the extra 'harne
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
+from made_models import model_maker  # noqa: E402
 
 from lexmill.errors import DataError, ModelError  # noqa: E402
 from lexmill.evaluate.harness import HarnessModel  # noqa: E402
+from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS  # noqa: E402
 
 TASKS = {
     "choose": """
@@ -153,16 +155,9 @@ def test_the_harness_s_own_command_line(folder, model_path) -> None:
     assert "|choose|" in done.stdout and "acc_norm" in done.stdout
 
 
-def test_encoders_are_refused(tmp_path) -> None:
-    from lexmill.model.build import build_model
-    from lexmill.model.config import ModelConfig
-    from lexmill.model.directory import write_model_directory
-    from lexmill.tokenizer.training import TokenizerConfig, train_tokenizer
-
-    tokenizer = train_tokenizer(
-        ["a few words to learn from"], TokenizerConfig(kind="wordpiece", vocab_size=60)
-    )
-    config = ModelConfig(family="bert", vocab_size=tokenizer.vocab_size, width=16, layers=1, heads=2, kv_heads=2, head_width=8, mlp_width=16, context=32)  # fmt: skip
-    write_model_directory(tmp_path / "bert", config, build_model(config).weights(), tokenizer)
+def test_encoders_are_refused(tmp_path, prose) -> None:
+    shape = {"vocab_size": 500, "width": 32, "layers": 1, "heads": 2, "kv_heads": 2, "head_width": 16, "mlp_width": 48, "context": 64}  # fmt: skip
+    kinds = {"bert": ("wordpiece", {**FAMILIES["bert"], **FAMILY_DEFAULTS["bert"]})}
+    made = model_maker(tmp_path, prose, shape, kinds)("bert")
     with pytest.raises(ModelError, match="asks decoders"):
-        HarnessModel(tmp_path / "bert")
+        HarnessModel(made.path)

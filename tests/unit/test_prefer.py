@@ -197,10 +197,12 @@ def test_a_row_that_only_stands_in_counts_nothing(base, tokenizer) -> None:
     assert len(batch.tokens) == 2
     whole = PreferenceLoss(lambda model, batch: torch.zeros(len(reply_logprobs(model, batch)[0]), 2), BETA)
     model = network(base)
-    total = float(whole(model, batch).sums["pairs"])
+    total = float(whole(model, batch).sums["pairs"].detach())
     parts = [own_parts(batch, Processes(rank=rank, world=3), None)[0] for rank in range(3)]
     assert [len(pairs_of(part)) for part in parts] == [1, 1, 0]
-    assert sum(float(whole(model, part).sums["pairs"]) for part in parts) == pytest.approx(total, rel=1e-5)
+    assert sum(float(whole(model, part).sums["pairs"].detach()) for part in parts) == pytest.approx(
+        total, rel=1e-5
+    )
 
 
 def test_token_losses_are_cross_entropy_place_by_place() -> None:
