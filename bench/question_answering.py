@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--work", type=Path, default=Path("bench-qa"))
+    parser.add_argument("--only", choices=("lexmill", "transformers"), help="one side, for slow machines")
     parser.add_argument("--answerable", action="store_true", help="leave out questions without an answer")
     options = parser.parse_args()
     precision = choose_precision(options.precision, "cpu")
@@ -182,11 +183,11 @@ def main() -> None:
             "transformers": lambda folder=folder, steps=steps: theirs(folder, steps, options.rate, precision),
         }
         rows = options.window, options.overlap
-        if not seed:
+        if not seed and options.only != "transformers":
             model = build_model(base.config)
             model.load_weights(base.weights_on_demand())
             found["before"].append(score(base, lambda pairs, m=model: head_logits(m, pairs), test, *rows))
-        for name in sorted(both, reverse=bool(seed % 2)):
+        for name in [options.only] if options.only else sorted(both, reverse=bool(seed % 2)):
             torch.manual_seed(seed)
             model, seconds = both[name]()
             compute = (
@@ -199,7 +200,7 @@ def main() -> None:
             print(name, seed, json.dumps(found[name][-1]), flush=True)
     print(f"{len(train):,} questions learned, {len(test):,} asked; {options.steps} steps, {precision}")
     for name, runs in found.items():
-        for key in runs[0]:
+        for key in runs[0] if runs else ():
             values = [run[key] for run in runs]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             print(f"{name:>13}  {key}: {statistics.mean(values):.2f}{spread}")

@@ -47,24 +47,17 @@ def test_pretrain_from_text(tmp_path):
     assert "parameters" in said and (tmp_path / "out" / "pretrain" / "model" / "config.json").is_file()
 
 
-def test_translate_from_scratch(tmp_path):
+def test_translate_from_scratch(tmp_path, prose):
     pytest.importorskip("sacrebleu")
-    words = ("one", "two", "three", "four", "five", "six", "seven")
-    pairs = [(first, second) for first in words for second in words]
-    for name, rows in (("train", pairs), ("test", pairs[::5])):
-        for language in ("ab", "ba"):
-            lines = [
-                f"The {a} and the {b}." if language == "ab" else f"The {b} and the {a}." for a, b in rows
-            ]
+    words = prose.split()
+    sentences = [words[place : place + 6] for place in range(0, 1800, 6)]
+    for name, some in (("train", sentences), ("test", sentences[::20])):
+        for language, order in (("ab", 1), ("ba", -1)):
+            lines = [" ".join(sentence[::order]) for sentence in some]
             (tmp_path / f"{name}.{language}").write_text("\n".join(lines) + "\n", "utf-8")
-    small = ("--minutes", 0.02, "--vocabulary", 60, "--width", 32, "--limit", 4)
-    said = example(
-        "translate_from_scratch.py",
-        tmp_path / "train.{ab,ba}",
-        tmp_path / "test.{ab,ba}",
-        tmp_path / "out",
-        *small,
-    )
+    files = tmp_path / "train.{ab,ba}", tmp_path / "test.{ab,ba}", tmp_path / "out"
+    small = ("--minutes", 0.02, "--vocabulary", 200, "--width", 32, "--limit", 4)
+    said = example("translate_from_scratch.py", *files, *small)
     assert "1 beams: {'bleu'" in said and "4 beams: {'bleu'" in said and "nrefs:1" in said
 
 

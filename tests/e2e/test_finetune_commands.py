@@ -5,7 +5,8 @@ import json
 import pytest
 from conftest import CORPORA, lexmill
 
-SMALL = ("--set", "rows=4", "--set", "row_length=64", "--set", "lora.rank=4", "--set", "precision=float32")
+SHORT = ("--set", "rows=4", "--set", "row_length=64", "--set", "too_long=cut")
+SMALL = (*SHORT, "--set", "lora.rank=4", "--set", "precision=float32", "--set", "score_tokens=16")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_the_same_command_again_does_not_train_what_is_done(adapter, model_path,
 
 
 def test_all_weights_can_learn_from_a_file_too(model_path, rows, tmp_path):
-    options = ("--steps", 3, "--set", "rows=4", "--set", "row_length=64", "--json")
+    options = ("--steps", 3, *SHORT, "--json", "--no-score")
     done = lexmill(
         "finetune", model_path, "--data", rows, "--validation", rows, "--out", tmp_path / "all", *options
     )

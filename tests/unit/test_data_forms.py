@@ -38,7 +38,7 @@ CONTEXT = "Anne lives in Bath. Bath is old."
 
 def write(folder: Path, *rows: object, name: str = "rows.jsonl") -> Path:
     path = folder / name
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", "utf-8")
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", "utf-8")
     return path
 
 
@@ -358,6 +358,8 @@ def message(role: str, content: object = "x", **more: object) -> dict:
         ([{"messages": [USER, {**REPLY, "weight": 0.5}]}], None, "message 2: its weight is 0.5."),
         ([{"messages": [USER, message("assistant", None, tool_calls=[{"id": 1}])]}], None, "message 2: it calls a tool and says nothing"),
         ([{"messages": [message("user", [{"type": "image_url"}]), REPLY]}], None, 'message 1: it holds a part of the type "image_url"'),
+        ([{"messages": [message(["user"]), REPLY]}], None, "message 1: its role ['user'] is unknown."),
+        ([{"text": "a \ud800", "label": "b"}], None, "row 1: it holds half a surrogate pair"),
         ([{"messages": [message("usr"), REPLY]}], None, "message 1: its role 'usr' is unknown. Did you mean 'user'?"),
         ([{"conversations": "x"}], None, 'field "conversations" is a string, not a list.'),
         ([{"conversations": [{"from": "alien", "value": "x"}]}], None, "\"conversations\", message 1: its role 'alien' is unknown."),
@@ -480,6 +482,12 @@ def test_what_asks_the_same_is_not_parted(tmp_path: Path) -> None:
     assert group(text="a", label=1) == group(text="a", label=2)
     assert group(prompt="a", chosen="b", rejected="c") == group(prompt="a", chosen="d", rejected="c")
     assert group(query="a", positive="b") == group(query="a", positive="c")
+    assert group(text="Good, really!", label=1) == group(text="good  really", label=2)
+    assert (
+        group(messages=[*ASKED, USER, REPLY])
+        == group(messages=ASKED)
+        != group(messages=[{**USER, "content": "No"}, REPLY])
+    )
 
 
 JSON = st.recursive(

@@ -12,6 +12,7 @@ from lexmill.finetune.chat import Replay, chat_example, fit, join_conversations
 from lexmill.finetune.config import FinetuneConfig
 from lexmill.finetune.plan import plan_finetuning
 from lexmill.finetune.rows import TaskData
+from lexmill.finetune.stage import make_lesson
 from lexmill.model.adapter import LoraConfig
 from lexmill.model.build import build_model
 from lexmill.model.directory import ModelDirectory
@@ -152,3 +153,23 @@ def test_a_plan_counts_what_learns(model_path):
     assert adapter.step_flops < whole.step_flops
     again = FinetuneConfig(**settings, lora=LoraConfig(rank=4), gradient_checkpointing=True)
     assert plan_finetuning(again, shape, seconds=0).memory.step < adapter.memory.step
+
+
+def test_conversations_that_are_too_long_are_the_user_s_choice(tmp_path, model_path):
+    base = ModelDirectory.open(model_path)
+    replies = ["short", "long " * 80, "short again"]
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": reply}]} for reply in replies]  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+    def lesson(choice):
+        return make_lesson(
+            FinetuneConfig(steps=1, validation_fraction=0.0, row_length=64, too_long=choice), base, path
+        )
+
+    with pytest.raises(
+        DataError, match=r"1 rows are longer than the 64 tokens of a training row: .*row 2 \(\d+ tok"
+    ):
+        lesson("error")
+    assert len(lesson("drop").examples(0)) == 2 and "1 rows are left out" in lesson("drop").told
+    assert max(len(example.tokens) for example in lesson("cut").examples(0)) == 64

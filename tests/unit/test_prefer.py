@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import lexmill
 
 from lexmill.data.labelled import Preference
 from lexmill.errors import DataError
@@ -32,7 +33,7 @@ from lexmill.model.adapter import LoraConfig
 from lexmill.model.build import build_model
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.lora import LoraLinear, add_adapter, begin_adapter, without_adapter
-from lexmill.progress import SILENT
+from lexmill.progress import SILENT, Progress
 from lexmill.train.batches import pack
 from lexmill.train.cross_entropy import linear_cross_entropy, linear_token_losses
 from lexmill.train.examples import IGNORED
@@ -196,10 +197,12 @@ def test_a_row_that_only_stands_in_counts_nothing(base, tokenizer) -> None:
     assert len(batch.tokens) == 2
     whole = PreferenceLoss(lambda model, batch: torch.zeros(len(reply_logprobs(model, batch)[0]), 2), BETA)
     model = network(base)
-    total = float(whole(model, batch).sums["pairs"])
+    total = float(whole(model, batch).sums["pairs"].detach())
     parts = [own_parts(batch, Processes(rank=rank, world=3), None)[0] for rank in range(3)]
     assert [len(pairs_of(part)) for part in parts] == [1, 1, 0]
-    assert sum(float(whole(model, part).sums["pairs"]) for part in parts) == pytest.approx(total, rel=1e-5)
+    assert sum(float(whole(model, part).sums["pairs"].detach()) for part in parts) == pytest.approx(
+        total, rel=1e-5
+    )
 
 
 def test_token_losses_are_cross_entropy_place_by_place() -> None:
@@ -246,6 +249,21 @@ def test_long_pairs_are_refused_left_out_or_cut(tokenizer) -> None:
     assert len(both[0].tokens) <= 80 and np.ptp(np.bincount(both[0].segments)[1:]) == 0
     with pytest.raises(DataError, match="1 pairs have more than 10 tokens"):
         pair_examples(long[:1], tokenizer, 10, "cut")
+
+
+def test_scores_of_rows_of_which_some_are_too_long(tmp_path, model_path) -> None:
+    write_pairs(tmp_path / "test.jsonl", 4, 1)
+    lines = (tmp_path / "test.jsonl").read_text().splitlines()
+    long = {**json.loads(lines[0]), "chosen": "a very long reply " * 80}
+    (tmp_path / "test.jsonl").write_text("\n".join([lines[0], json.dumps(long), *lines[1:]]) + "\n")
+    model = load(model_path)
+    with pytest.raises(DataError, match="row 2"):
+        score_task("prefer", model, tmp_path / "test.jsonl")
+    scores = score_task(
+        "prefer", model, tmp_path / "test.jsonl", ScoreConfig(too_long="drop", reference=str(model_path))
+    )
+    assert scores.rows == 4 and scores.metrics["margin"] == 0 and scores.details["left_out"] == 1
+    assert scores.predictions == [0.0, None, 0.0, 0.0, 0.0]
 
 
 def write_pairs(path, count: int, seed: int) -> None:
@@ -295,3 +313,46 @@ def test_other_shapes_and_rows_are_refused(tmp_path, base) -> None:
     with pytest.raises(DataError, match="the task needs chosen and rejected replies"):
         finetune(config, base, tmp_path / "a.jsonl", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_commands(tmp_path, model_path) -> None:
+    write_pairs(tmp_path / "train.jsonl", 12, 1)
+    tuned = lexmill("finetune", model_path, "--task", "prefer", "--data", tmp_path / "train.jsonl", "--validation", tmp_path / "train.jsonl", "--out", tmp_path / "out", "--lora", "--steps", "2", "--set", "rows=2", "--no-score")  # fmt: skip
+    assert tuned.returncode == 0, tuned.stderr
+    assert "12 pairs of replies, rows of the form 'chosen-rejected'" in tuned.stderr
+    scored = lexmill("evaluate", tmp_path / "out", "--task", "prefer", "--data", tmp_path / "train.jsonl", "--json", "--limit", "4")  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    found = json.loads(scored.stdout)
+    assert found["rows"] == 4 and next(iter(found["metrics"])) == "win_rate"
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_run_that_broke_off_goes_on_to_the_same_weights(tmp_path, base, lora) -> None:
+    write_pairs(tmp_path / "train.jsonl", 20, 1)
+    config = FinetuneConfig(
+        task="prefer",
+        steps=6,
+        rows=2,
+        precision="float32",
+        validate_every=4,
+        checkpoint_seconds=0.0,
+        lora=LoraConfig(rank=4, dropout=0.1) if lora else None,
+    )
+
+    class Broken(Exception):
+        pass
+
+    def break_off(model):
+        raise Broken
+
+    data, options = tmp_path / "train.jsonl", {"validation": tmp_path / "train.jsonl"}
+    whole, _ = finetune(config, base, data, tmp_path / "whole", **options)
+    with pytest.raises(Broken):
+        finetune(config, base, data, tmp_path / "broken", score=break_off, **options)
+    told: list[str] = []
+    progress = Progress()
+    progress.say = told.append  # type: ignore[method-assign]
+    again, result = finetune(config, base, data, tmp_path / "broken", progress=progress, **options)
+    assert any(line.startswith("going on from step") for line in told) and result.steps == 6
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert (whole.path / name).read_bytes() == (again.path / name).read_bytes()

@@ -44,6 +44,7 @@ def classify(
         )
         return
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     table.add_column("label", style="bold")
@@ -53,5 +54,5 @@ def classify(
     for text, labels in zip(asked, found):
         (best, probability), *rest = labels.items()
         others_shown = ", ".join(f"{label} {share:.3f}" for label, share in rest[:3])
-        table.add_row(best, f"{probability:.4f}", others_shown, text)
+        table.add_row(Text(best), f"{probability:.4f}", Text(others_shown), Text(text))
     console().print(table)

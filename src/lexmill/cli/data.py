@@ -112,20 +112,27 @@ def check(
             | ({"examples": [_plain(origin, one) for origin, one in shown]} if shown else {})
         )
     else:
-        screen = console()
-        _show_file(report, screen)
-        if measured:
-            _show_lengths(measured, str(model), screen)
-        _show_overlap("repeated rows", report.duplicates, "", screen)
-        if report.compared:
-            _show_overlap("leakage", report.leakage, f", {report.compared}", screen)
-        if report.labels:
-            _show_labels(report, screen)
-        for origin, one in shown:
-            _show_example(origin, one, screen)
-        if shown:
-            screen.print("\nTargets are green; in a pipe they stand between ⟦ and ⟧.", style="dim")
+        _show(report, measured, str(model), shown)
     raise typer.Exit(1 if report.bad or (measured and measured.unfit) else 0)
+
+
+def _show(
+    report: FileReport, measured: LengthReport | None, model: str, shown: list[tuple[str, Sketch]]
+) -> None:
+    """All of it, for a reader."""
+    screen = console()
+    _show_file(report, screen)
+    if measured:
+        _show_lengths(measured, model, screen)
+    _show_overlap("repeated rows", report, report.duplicates, screen)
+    if report.compared:
+        _show_overlap(f"leakage between {report.compared}", report, report.leakage, screen)
+    if report.labels:
+        _show_labels(report, screen)
+    for origin, one in shown:
+        _show_example(origin, one, screen)
+    if shown:
+        screen.print("\nTargets are green; in a pipe they stand between ⟦ and ⟧.", style="dim")
 
 
 def _plain(origin: str, sketch: Sketch) -> dict[str, Any]:
@@ -149,18 +156,31 @@ def _show_file(report: FileReport, screen: Any) -> None:
     good = f"{report.rows:,} rows that can be used"
     line = Text(f"{report.path}: ") + Text(f"form '{report.form}'", "bold") + Text(f", {good}, ")
     screen.print(line + Text(f"{report.bad:,} bad", "bold red" if report.bad else "green"))
-    others = {name or "no known form": count for name, count in report.forms.items() if name != report.form}
+    others = {name: count for name, count in report.forms.items() if name != report.form}
     if others:
-        told = ", ".join(f"{count:,} of {name}" for name, count in others.items())
-        screen.print(Text(f"  rows of other forms: {told}", "red"))
+        told = ", ".join(
+            f"{count:,} like '{name}'" if name else f"{count:,} like none" for name, count in others.items()
+        )
+        screen.print(Text(f"  rows that do not look like '{report.form}': {told}", "red"))
     if report.dropped:
         told = ", ".join(f"{name} ({count:,})" for name, count in report.dropped.items())
         screen.print(Text(f"  not used: {told}", "dim"))
     if report.errors:
         _title("bad rows", screen)
         for error in report.errors:
-            screen.print(Text(f"  {error.replace(report.path + ', ', '', 1)}"))
+            _print_indented(Text(error.replace(f"{report.path}, ", "", 1)), screen)
         _show_rest(report.bad - len(report.errors), screen)
+
+
+def _print_indented(text: Any, screen: Any, by: int = 2) -> None:
+    """Print with a margin, lines folded inside it; in a pipe they stay whole."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    if screen.is_terminal:
+        screen.print(Padding(text, (0, 0, 0, by)))
+    else:
+        screen.print(Text("\n").join(Text(" " * by) + line for line in text.split("\n", allow_blank=True)))
 
 
 def _show_rest(count: int, screen: Any) -> None:
@@ -174,7 +194,10 @@ def _show_lengths(report: LengthReport, model: str, screen: Any) -> None:
     _title(f"tokens of a row, by {model}", screen)
     for name, figures in (("", report.tokens), ("written: ", report.written)):
         if figures:
-            told = ", ".join(f"{key} {value:,.0f}" for key, value in figures.items())
+            told = ", ".join(
+                f"{key} up to {value:,.0f}" if "%" in key else f"{key} {value:,.0f}"
+                for key, value in figures.items()
+            )
             screen.print(f"  {name}{told}; targets {100 * report.targets:.0f} %")
     most = max((count for _, _, count in report.histogram), default=0)
     wide = len(f"{report.histogram[-1][1]:,}") if report.histogram else 0
@@ -192,14 +215,14 @@ def _show_lengths(report: LengthReport, model: str, screen: Any) -> None:
             )
         )
         for origin, size in report.shown:
-            screen.print(f"    {origin}: {size:,} tokens")
+            screen.print(f"    {origin.split(', ')[-1]}: {size:,} tokens")
         _show_rest(report.too_long - len(report.shown), screen)
     else:
         screen.print(f"  all fit a row of training ({report.limit:,} tokens)", style="green")
     if report.unfit:
         screen.print(Text(f"  {report.unfit:,} rows cannot be written for this model:", "red"))
         for error in report.unfit_shown:
-            screen.print(Text(f"    {error}"))
+            _print_indented(Text(error), screen, 4)
 
 
 def _bar(count: int, most: int, style: str) -> Any:
@@ -209,32 +232,34 @@ def _bar(count: int, most: int, style: str) -> Any:
     return Text("█" * size, style)
 
 
-def _show_overlap(title: str, found: Overlap, where: str, screen: Any) -> None:
+def _show_overlap(title: str, report: FileReport, found: Overlap, screen: Any) -> None:
     from rich.text import Text
 
     words = {
         "exact": "the same",
-        "near": "the same but for case, punctuation or spaces",
+        "near": "but for case, punctuation or spaces",
         "prompt": "ask the same with another answer",
         "context": "share a context",
     }
-    _title(title + where, screen)
+    _title(title, screen)
     parts = [f"{getattr(found, how):,} {said}" for how, said in words.items() if getattr(found, how)]
     screen.print(Text(f"  {'; '.join(parts) or 'none'}", "yellow" if found.rows else ""))
     for origin, other, how in found.shown:
-        screen.print(Text(f"    {origin} and {other}: {words[how]}"))
+        here, there = (one.removeprefix(f"{report.path}, ") for one in (origin, other))
+        screen.print(Text(f"    {here} = {there}" + (f", {words[how]}" if how != "exact" else "")))
     _show_rest(found.rows + found.prompt - len(found.shown), screen)
 
 
 def _show_labels(report: FileReport, screen: Any) -> None:
+    from rich.cells import cell_len, set_cell_size
     from rich.text import Text
 
     _title(f"{len(report.labels):,} labels", screen)
     most, total = max(report.labels.values()), sum(report.labels.values())
-    wide = max(len(name) for name in list(report.labels)[:30])
+    wide = max(cell_len(name) for name in list(report.labels)[:30])
     for name, count in list(report.labels.items())[:30]:
         share = f" {count:,} ({100 * count / total:.1f} %)"
-        screen.print(Text(f"  {name:<{wide}} ") + _bar(count, most, "cyan") + Text(share))
+        screen.print(Text(f"  {set_cell_size(name, wide)} ") + _bar(count, most, "cyan") + Text(share))
     if report.contradictions:
         screen.print(Text(f"  {report.contradictions:,} texts occur with different labels", "yellow"))
 
@@ -244,10 +269,10 @@ def _show_example(origin: str, sketch: Sketch, screen: Any) -> None:
 
     _title(origin, screen)
     for name, pieces in sketch.parts():
-        text = Text(f"{name}: " if name else "", "dim")
+        text = Text.assemble((f"{name}: " if name else "", "bold cyan"))
         for piece in pieces:
             text += _piece(piece, screen.is_terminal)
-        screen.print(text)
+        _print_indented(text, screen)
 
 
 def _piece(piece: Piece, colours: bool) -> Any:

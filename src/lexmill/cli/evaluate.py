@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from lexmill.cli.options import Form, Json, Model, Quiet, Set, begin_computing, make_progress, print_json
+from lexmill.cli.options import (
+    Form,
+    Json,
+    Model,
+    Quiet,
+    Set,
+    begin_computing,
+    console,
+    make_progress,
+    print_json,
+)
 
 
 def evaluate(
@@ -18,7 +28,10 @@ def evaluate(
     base: Annotated[Path | None, typer.Option("--base", help="Another model to compare with.")] = None,
     task: Annotated[
         str | None,
-        typer.Option("--task", help="Score this task on the rows of --data: chat, classify, qa, embed."),
+        typer.Option(
+            "--task",
+            help="Score this task on the rows of --data: chat, classify, embed, prefer, qa, summarise, translate.",
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -83,8 +96,27 @@ def evaluate(
     for name, scores in found.items():
         told = ", ".join(f"{metric.replace('_', ' ')} {value:,}" for metric, value in scores.metrics.items())
         typer.echo(f"{task}, {scores.rows:,} rows, {name}: {told}")
-    for key, value in found["model"].details.items():
-        typer.echo(f"  {key.replace('_', ' ')}: {value}")
+    details = found["model"].details
+    for key, value in details.items():
+        if key not in ("labels", "confusion"):
+            typer.echo(f"  {key.replace('_', ' ')}: {value}")
+    if "confusion" in details:
+        _show_confusion(details["labels"], details["confusion"])
+
+
+def _show_confusion(labels: list[str], matrix: list[list[int]]) -> None:
+    """Who is taken for whom: a row is what is right, a column what was given."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("right, and given:", style="bold")
+    for label in labels:
+        table.add_column(Text(label), justify="right")
+    for index, (label, row) in enumerate(zip(labels, matrix)):
+        cells = [Text(str(count or "·"), style="bold" if at == index else "") for at, count in enumerate(row)]
+        table.add_row(Text(label), *cells)
+    console().print(table)
 
 
 def _on_documents(model: Path, documents: Path, base: Path | None, json: bool, quiet: bool) -> None:

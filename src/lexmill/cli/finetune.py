@@ -27,7 +27,10 @@ _SHOWN, _WIDTH = 3, 160  # examples, and characters of each
 def finetune(
     model: Model,
     task: Annotated[
-        str, typer.Option("--task", help="What to learn: chat, classify, embed, qa, summarise, translate.")
+        str,
+        typer.Option(
+            "--task", help="What to learn: chat, classify, embed, prefer, qa, summarise, translate."
+        ),
     ] = "chat",
     data: Annotated[
         Path | None,

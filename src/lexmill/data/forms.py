@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -14,7 +13,6 @@ from typing import Any, TypeVar
 
 from lexmill.config import suggest
 from lexmill.data.decoding import raw_suffix
-from lexmill.data.documents import document_id
 from lexmill.data.fields import Fields
 from lexmill.data.labelled import (
     KINDS,
@@ -27,6 +25,7 @@ from lexmill.data.labelled import (
     RowSettings,
     TextPair,
 )
+from lexmill.data.splitting import words_of
 from lexmill.data.tables import RawRow, is_pair, read_table
 from lexmill.data.talk_forms import (
     alpaca,
@@ -253,6 +252,12 @@ class RowFile:
         return make
 
     def _fields(self, raw: RawRow, form: Form) -> Fields:
+        try:  # JSON can say "\\ud800", which is half a character
+            json.dumps(raw.values, ensure_ascii=False, default=str).encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{raw.where}: it holds half a surrogate pair, which is no character.", "Take it out."
+            ) from None
         names = form.names(raw.values)
         absent = next((name for name in form.needed if name not in names), None)
         other = None if absent is None else next((other for other in FORMS if other.fits(raw.values)), None)
@@ -311,23 +316,22 @@ def read_rows(
 def group_id(row: Row) -> str:
     """16 hexadecimal digits; rows that have the same must not be parted by a split. The same on every machine.
 
-    That is what a row asks: of questions the context, of preferences the prompt, of pairs the source, of texts with
-    a label the texts, of matches the query; a conversation is asked for as a whole.
+    That is what a row asks, in lower case without punctuation: of conversations and preferences the opening question,
+    as in `prepare`; of questions the context, of pairs the source, of texts with a label the texts, of matches the query.
     """
-    if isinstance(row, Conversation):
-        return document_id(None, row.messages)
-    if isinstance(row, Preference):
-        return document_id(None, row.messages)
-    if isinstance(row, Question):
-        return document_id(row.context, None)
-    asked: Any
-    if isinstance(row, TextPair):
-        asked = row.source
+    asked: list[str]
+    if isinstance(row, (Conversation, Preference)):
+        said = [message["content"] for message in row.messages if message["role"] == "user"]
+        asked = said[:1] or [message["content"] for message in row.messages]
+    elif isinstance(row, Question):
+        asked = [row.context]
+    elif isinstance(row, TextPair):
+        asked = [row.source]
     elif isinstance(row, LabelledText):
-        asked = [row.text, row.second]
+        asked = [row.text, row.second or ""]
     elif isinstance(row, Match):
-        asked = row.query
+        asked = [row.query]
     else:
-        asked = {key: value for key, value in dataclasses.asdict(row).items() if key != "origin"}
-    text = json.dumps([type(row).__name__, asked], ensure_ascii=False, sort_keys=True)
+        raise TypeError(f"rows of the kind {type(row).__name__} cannot be split")
+    text = json.dumps([type(row).__name__, *map(words_of, asked)], ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]

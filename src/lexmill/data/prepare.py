@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +16,7 @@ from lexmill.data.deduplicate import ExactDuplicates
 from lexmill.data.documents import KINDS, Document, document_id, write_documents
 from lexmill.data.folders import find_inputs, refuse_foreign_folder
 from lexmill.data.readers import RawDocument, read_raw
-from lexmill.data.splitting import assign_split, compile_rule, split_documents, split_position
+from lexmill.data.splitting import assign_split, compile_rule, split_documents, split_position, words_of
 from lexmill.errors import ConfigError, DataError
 from lexmill.files import atomic_directory, atomic_write, sha256_file, write_json
 from lexmill.progress import SILENT, Progress, Task
@@ -230,8 +229,7 @@ def group_key(document: Document) -> str:
     """
     for message in document.messages or ():
         if message["role"] == "user":
-            words = re.findall(r"\w+", message["content"].lower())
-            question = " ".join(words) or message["content"]
+            question = words_of(message["content"])
             return "question:" + hashlib.sha256(question.encode("utf-8")).hexdigest()
     return f"{document.kind}:{document.id}"
 

@@ -65,6 +65,11 @@ def split_documents(text: str, rule: str) -> list[str]:
     return [document for document in documents if document]
 
 
+def words_of(text: str) -> str:
+    """The words of a text in lower case, without punctuation: what texts that must not be parted have in common."""
+    return " ".join(re.findall(r"\w+", text.lower())) or text
+
+
 def split_position(key: str, seed: int) -> float:
     """Where a key falls in [0, 1): by its hash alone, so independent of order and of other keys."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()

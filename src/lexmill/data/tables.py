@@ -14,7 +14,7 @@ from typing import Any
 
 from lexmill.data.decoding import raw_suffix, read_lines
 from lexmill.data.documents import read_parquet_batches
-from lexmill.errors import DataError
+from lexmill.errors import DataError, FileError
 from lexmill.messages import kind_of
 
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -82,6 +82,8 @@ def read_table(path: Path, *, header: Header | None = None, reject: Reject | Non
         ".parquet": partial(_read_parquet, header=header),
     }
     reader = readers.get(raw_suffix(path))
+    if reader is None and path.is_dir():
+        raise FileError(f"{path}: this is a folder, not a file of rows.", "Give one of its files.")
     if reader is None:
         raise DataError(
             f"{path}: files of rows do not have the suffix '{path.suffix}'.",

@@ -203,8 +203,9 @@ def _plain(fields: Fields, message: Any, where: str) -> Any:
     if not isinstance(message, Mapping):
         return message
     message = dict(message)
-    if message.get("role") in _OTHER_ROLES:
-        message["role"] = _OTHER_ROLES[message["role"]]
+    role = message.get("role")
+    if isinstance(role, str):
+        message["role"] = _OTHER_ROLES.get(role, role)
     content = message.get("content")
     calls = message.get("tool_calls") or message.get("function_call")
     if calls and not content:

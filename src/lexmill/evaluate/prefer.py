@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -32,14 +33,14 @@ def prefer_scores(model: LanguageModel, scoring: Scoring) -> TaskScores:
         ModelError, FileError: a reference that cannot be opened.
     """
     config, rows = scoring.config, [cast(Preference, row) for row in scoring.rows]
-    examples, left_out = pair_examples(rows, model.tokenizer, model.config.context)
+    examples, left_out = pair_examples(rows, model.tokenizer, model.config.context, config.too_long)
     if not examples:
         raise DataError("There are no pairs of replies to score.")
     length = max(_LENGTH, *(len(example.tokens) for example in examples))
     batches = fixed_batches(examples, rows=_ROWS, length=length, pad_id=model.tokenizer.ids.pad or 0)
     known = _reference(model, config.reference)
-    learned, reference = np.zeros((2, len(examples), 2), np.float64)
-    tokens = np.ones((len(examples), 2), np.float64)
+    learned, reference = np.zeros((2, len(rows), 2), np.float64)
+    tokens = np.ones((len(rows), 2), np.float64)
     with scoring.progress.task("comparing replies", len(batches), "batches") as task:
         for batch in batches:
             at = _numbers(batch)
@@ -47,7 +48,19 @@ def prefer_scores(model: LanguageModel, scoring: Scoring) -> TaskScores:
             if known:
                 reference[at] = known(model.network, batch)[pairs_of(batch)].cpu().numpy()
             task.advance()
-    return _scores(rows, learned, reference if known else None, tokens, config.examples, left_out)
+    kept = np.array([example.origin for example in examples])
+    scores = _scores(
+        [rows[place] for place in kept],
+        learned[kept],
+        reference[kept] if known else None,
+        tokens[kept],
+        config.examples,
+        left_out,
+    )
+    given: list[Any] = [None] * len(rows)
+    for place, margin in zip(kept, scores.predictions):
+        given[place] = margin
+    return replace(scores, predictions=given)
 
 
 def _reference(model: LanguageModel, path: str) -> Reference | None:

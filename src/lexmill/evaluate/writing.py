@@ -151,7 +151,8 @@ def fitting_prompts(
 ) -> tuple[list[Row], list[list[int]], int]:
     """Rows and their prompts, of which a model can read all, and how many were cut.
 
-    An encoder reads as much as in its training; a decoder's context must hold the answer too.
+    An encoder reads as much as in its training. A decoder's context must hold the answer too: `max_tokens`, or
+    a quarter of the context where that is less.
 
     Raises:
         DataError: some are too long, and nothing was chosen for them.
@@ -160,7 +161,7 @@ def fitting_prompts(
     if shape.shape == "encoder_decoder":
         room = asking.read or shape.context
     else:
-        room = shape.context - max_tokens
+        room = shape.context - min(max_tokens, shape.context // 4)
     kept: list[Row] = []
     prompts: list[list[int]] = []
     long: list[str] = []
@@ -183,8 +184,8 @@ def fitting_prompts(
     if long:
         more = f" and {len(long) - _NAMED:,} more" if len(long) > _NAMED else ""
         raise DataError(
-            f"{len(long):,} rows have more than the {max(room, 0):,} tokens that the model can read"
-            f"{'' if shape.shape == 'encoder_decoder' else f' if it is to write {max_tokens:,}'}: "
+            f"{len(long):,} rows have more than the {room:,} tokens that the model can read"
+            f"{'' if shape.shape == 'encoder_decoder' else f' if it is to write {shape.context - room:,}'}: "
             f"{', '.join(long[:_NAMED])}{more}.",
             "Set too_long=cut (shortens the source) or too_long=drop (leaves them out).",
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from lexmill.data.labelled import Conversation, Message
 from lexmill.errors import DataError, ModelError
 from lexmill.finetune.config import FinetuneConfig
+from lexmill.finetune.lengths import Lengths
 from lexmill.finetune.lesson import Lesson
 from lexmill.finetune.rows import TRAIN, VALIDATION, TaskData
 from lexmill.model.directory import ModelDirectory
@@ -23,7 +24,7 @@ def chat_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskData) -
     """Answering: each epoch all conversations, joined at random, and pieces of plain text if asked for.
 
     Raises:
-        DataError: no conversations.
+        DataError: no conversations, or some that do not fit a row.
         ModelError: the model is no decoder, or has no chat template.
     """
     if model.config.shape != "decoder":
@@ -37,13 +38,16 @@ def chat_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskData) -
             "Put chat_template.jinja into the directory: the template of a model that it descends from.",
         )
     length = config.length(model.config)
-    conversations = [row.messages for row in data.rows(TRAIN, Conversation)]
+    lengths = Lengths(config.too_long, length)
+    rows = _measured(data.rows(TRAIN, Conversation), tokenizer)
+    conversations = [row.messages for row, _ in lengths.kept(rows)]
     if not conversations:
         raise DataError(
             "There are no conversations to learn from.", 'Rows with "messages" are conversations.'
         )
     replay = Replay(data.texts(TRAIN), tokenizer, length) if config.text_share else None
-    held_out = itertools.islice(data.rows(VALIDATION, Conversation), config.validation_rows)
+    first = itertools.islice(data.rows(VALIDATION, Conversation), config.validation_rows)
+    held_out = Lengths(config.too_long, length).kept(_measured(first, tokenizer))
 
     def examples(epoch: int) -> list[Example]:
         random = np.random.default_rng([config.seed, epoch, 2])
@@ -55,12 +59,22 @@ def chat_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskData) -
     return Lesson(
         causal_loss,
         examples,
-        to_examples((row.messages for row in held_out), tokenizer, length),
+        to_examples((row.messages for row, _ in held_out), tokenizer, length),
         length,
         tokenizer.ids.pad if tokenizer.ids.pad is not None else 0,
-        f"{len(conversations):,} conversations",
-        facts={"conversations": len(conversations)},
+        f"{len(conversations):,} conversations{lengths.told()}",
+        facts={"conversations": len(conversations), "too_long": lengths.longer},
     )
+
+
+def _measured(rows: Iterable[Conversation], tokenizer: Tokenizer) -> Iterator[tuple[Conversation, int, None]]:
+    """Conversations with their tokens; one that the template does not write is named."""
+    for row in rows:
+        try:
+            example = chat_example(row.messages, tokenizer)
+        except DataError as error:
+            raise DataError(f"{row.origin}: {error.message}", error.hint) from error
+        yield row, len(example.tokens), None
 
 
 def chat_example(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> Example:

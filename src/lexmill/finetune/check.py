@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,14 +146,15 @@ def _histogram(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
     """Bars of equal width up to the 99th percentile, and one for what is longer."""
     if not sizes:
         return []
-    most = max(int(np.percentile(sizes, 99)), 1)
-    width = max(-(-most // _BARS), 1)
-    edges = list(range(0, most + width, width))
-    counts = [
-        (low + 1, high, sum(low < size <= high for size in sizes)) for low, high in zip(edges, edges[1:])
+    least, most = min(sizes) - 1, max(int(np.percentile(sizes, 99)), min(sizes))
+    width = max(-(-(most - least) // _BARS), 1)
+    edges = np.arange(least, most + width, width)
+    counts = np.bincount(np.searchsorted(edges, sizes) - 1, minlength=len(edges))
+    bars = [
+        (int(low) + 1, int(high), int(count)) for (low, high), count in zip(itertools.pairwise(edges), counts)
     ]
-    longer = sum(size > edges[-1] for size in sizes)
-    return [*counts, *([(edges[-1] + 1, max(sizes), longer)] if longer else [])]
+    longer = int(counts[-1])
+    return [*bars, *([(int(edges[-1]) + 1, max(sizes), longer)] if longer else [])]
 
 
 def sketcher(task: str, model: ModelDirectory, config: FinetuneConfig) -> Callable[[Row], Sketch]:
@@ -169,6 +171,10 @@ def sketcher(task: str, model: ModelDirectory, config: FinetuneConfig) -> Callab
     if task in ("chat", "prefer") and not tokenizer.chat_template:
         raise ModelError(
             f"{model.path}: this model has no chat template, so a conversation cannot be written for it."
+        )
+    if task in ("classify", "embed") and shape != "encoder":
+        raise ModelError(
+            f"{model.path}: the task '{task}' needs an encoder; this model has the shape '{shape}'."
         )
 
     def chat(row: Any) -> Sketch:
@@ -205,7 +211,7 @@ def sketcher(task: str, model: ModelDirectory, config: FinetuneConfig) -> Callab
         asking = asking_of(config, model.config, KINDS_OF_TASKS[task])
 
         def write(row: Any) -> Sketch:
-            fitted = fit_rows([row], asking, model, _ENDLESS, "error")
+            fitted = fit_rows([row], asking, tokenizer, model.config, _ENDLESS, "error")
             examples = made_examples(
                 fitted, 0, model.config.decoder_start if shape == "encoder_decoder" else None
             )

@@ -80,6 +80,8 @@ class FinetuneConfig(RowSettings, TrainConfig):
 
     def _chosen(self) -> tuple[str, float]:
         # measured in docs/decisions.md
+        if self.task == "prefer":
+            return "adamw", 1e-5 if self.lora is None else 3e-4
         return super()._chosen() if self.lora is None else ("adamw", 1e-3)
 
     def length(self, model: ModelConfig) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lexmill.data.labelled import Question
-from lexmill.errors import ConfigError, DataError
+from lexmill.errors import DataError
 from lexmill.finetune.config import FinetuneConfig
 from lexmill.finetune.lesson import Lesson
 from lexmill.finetune.rows import TRAIN, VALIDATION, TaskData
@@ -36,20 +36,19 @@ def extractive_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskD
     base = with_span(model, config.seed)
     length = config.length(base.config)
     window = min(config.window, length)
-    if config.overlap >= window:
-        raise ConfigError(f"'overlap' ({config.overlap}) must be less than 'window' ({window}).")
+    overlap = min(config.overlap, window // 2)  # of a model with a small context
     tokenizer = base.tokenizer
     questions = list(data.rows(TRAIN, Question))
     if not questions:
         raise DataError("There are no questions to learn from.", "Rows of SQuAD's form are.")
     held_out = list(itertools.islice(data.rows(VALIDATION, Question), config.validation_rows))
-    learned = span_examples(questions, tokenizer, window, config.overlap)
-    validation = span_examples(held_out, tokenizer, window, config.overlap)
+    learned = span_examples(questions, tokenizer, window, overlap)
+    validation = span_examples(held_out, tokenizer, window, overlap)
     unanswerable = sum(not one.answers for one in questions)
     settings: dict[str, Any] = {
         "task": "qa",
         "window": window,
-        "overlap": config.overlap,
+        "overlap": overlap,
         # a model that has never seen a question without an answer always answers
         "null_threshold": 0.0 if unanswerable else None,
     }

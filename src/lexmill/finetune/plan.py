@@ -11,25 +11,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from lexmill.data.labelled import Conversation, LabelledText, Match, Question, TextPair
+from lexmill.data.labelled import Conversation, LabelledText, Match, Preference, Question, TextPair
 from lexmill.finetune.chat import chat_example
 from lexmill.finetune.classify import label_examples
 from lexmill.finetune.config import FinetuneConfig
 from lexmill.finetune.embed import match_examples
 from lexmill.finetune.extractive import span_examples
+from lexmill.finetune.prefer import pair_example
 from lexmill.finetune.rows import TRAIN, TaskData
 from lexmill.finetune.writing import INSTRUCTIONS, asking_of, decoder_length, fit_rows
 from lexmill.model.adapter import LoraConfig
 from lexmill.model.build import build_model
 from lexmill.model.config import ModelConfig
-from lexmill.model.lora import add_adapter, begin_adapter
+from lexmill.model.lora import add_adapter, begin_adapter, without_adapter
 from lexmill.model.quantised import build_quantised
 from lexmill.model.transformer import Transformer
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.train.batches import Batch
 from lexmill.train.causal import causal_loss, sequence_loss
 from lexmill.train.cost import Row, adapter_cost
-from lexmill.train.examples import IGNORED
+from lexmill.train.examples import IGNORED, Example
 from lexmill.train.forecast import CALIBRATION_SECONDS, Data, Forecast, forecast
 from lexmill.train.objective import Losses
 from lexmill.train.pooling import read_rows
@@ -69,15 +70,20 @@ def plan_finetuning(
         )
         if judges:
             row, found = _look_at_texts(rows, tokenizer, config, length)
+        elif config.task == "prefer":
+            pairs = rows.rows(TRAIN, Preference)
+            row, found = _look_at((pair_example(pair, tokenizer) for pair in pairs), config, length)
         elif config.task in INSTRUCTIONS:
             row, found = _look_at_writing(rows, tokenizer, config, shape)
         else:
-            row, found = _look_at(rows.rows(TRAIN, Conversation), tokenizer, config, length)
+            chats = rows.rows(TRAIN, Conversation)
+            row, found = _look_at((chat_example(chat.messages, tokenizer) for chat in chats), config, length)
     lora = config.lora
+    compared = config.task == "prefer" and lora is not None
     return forecast(
         config,
         shape,
-        _reading if judges else sequence_loss if two else causal_loss,
+        _reading if judges else sequence_loss if two else _preferring if compared else causal_loss,
         row,
         data=found,
         world=world,
@@ -97,6 +103,13 @@ def _any_weights(shape: ModelConfig, lora: LoraConfig) -> Transformer:
         model, _ = build_quantised(shape, model.weights(), lora.quantise)
     add_adapter(model, begin_adapter(model, lora, seed=0))
     return model
+
+
+def _preferring(model: Any, batch: Batch) -> Losses:
+    """What preferences cost with an adapter: the same rows are read once more without it."""
+    with torch.no_grad(), without_adapter(model):
+        causal_loss(model, batch)
+    return causal_loss(model, batch)
 
 
 def _reading(model: Any, batch: Batch) -> Losses:
@@ -122,7 +135,9 @@ def _look_at_texts(
     else:
         questions = list(data.rows(TRAIN, Question))
         window = min(config.window, length)
-        examples = span_examples(questions[:_SAMPLE], tokenizer, window, config.overlap).examples
+        examples = span_examples(
+            questions[:_SAMPLE], tokenizer, window, min(config.overlap, window // 2)
+        ).examples
         rows = len(questions)
     tokens = sum(len(example.tokens) for example in examples)
     if not tokens:
@@ -160,14 +175,12 @@ def _look_at_writing(
     return row, Data(round(tokens * len(rows) / seen), len(rows), exact=exact)
 
 
-def _look_at(
-    chats: Iterator[Conversation], tokenizer: Tokenizer, config: FinetuneConfig, length: int
-) -> tuple[Row, Data | None]:
-    """What rows hold, and how many tokens there are, by the first conversations."""
-    sample = [chat_example(chat.messages, tokenizer) for chat in itertools.islice(chats, _SAMPLE)]
+def _look_at(made: Iterator[Example], config: FinetuneConfig, length: int) -> tuple[Row, Data | None]:
+    """What rows hold, and how many tokens there are, by the first conversations or pairs of replies."""
+    sample = list(itertools.islice(made, _SAMPLE))
     if not sample:
         return Row(length, length), None
-    count = len(sample) + sum(1 for _ in chats)
+    count = len(sample) + sum(1 for _ in made)
     tokens = sum(len(example.tokens) for example in sample)
     targets = sum(int(np.sum(example.targets != IGNORED)) for example in sample)
     replies = targets / tokens * (1 - config.text_share) + config.text_share

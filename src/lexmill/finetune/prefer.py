@@ -27,6 +27,7 @@ from lexmill.train.causal import counted
 from lexmill.train.cross_entropy import linear_token_losses
 from lexmill.train.examples import IGNORED, Example
 from lexmill.train.objective import Losses
+from lexmill.train.precision import autocast, choose_precision
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2  # segments of a pair
 _NAMED = 5  # rows that a message names
@@ -63,14 +64,19 @@ def prefer_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskData)
             "There are no pairs of replies to learn from.", 'Rows with "chosen" and "rejected" are.'
         )
     held_out = itertools.islice(data.rows(VALIDATION, Preference), config.validation_rows)
-    validation, _ = pair_examples(held_out, model.tokenizer, length, config.too_long, first=len(pairs))
+    first = len(pairs) + left_out
+    validation, also = pair_examples(held_out, model.tokenizer, length, config.too_long, first=first)
     pad = model.tokenizer.ids.pad if model.tokenizer.ids.pad is not None else 0
-    known = KnownReference(len(pairs) + len(validation))
+    known = KnownReference(first + len(validation) + also)
     switched = config.lora is not None and not config.lora.modules_to_save
 
     def begin(network: Any, rows: int, progress: Progress) -> None:
-        batches = fixed_batches([*pairs, *validation], rows=rows, length=length, pad_id=pad)
-        known.learn(network, batches, progress)
+        device = next(network.parameters()).device.type
+        # training computes in its own number format, validation in float32: each is compared with its like
+        for some, precision in ((pairs, choose_precision(config.precision, device)), (validation, "float32")):
+            batches = fixed_batches(some, rows=rows, length=length, pad_id=pad) if some else []
+            with autocast(precision, device):
+                known.learn(network, batches, progress)
 
     return Lesson(
         PreferenceLoss(adapter_off if switched else known, config.beta, config.label_smoothing),
@@ -88,7 +94,7 @@ def prefer_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskData)
 def pair_examples(
     rows: Iterable[Preference], tokenizer: Tokenizer, length: int, too_long: str = "error", first: int = 0
 ) -> tuple[list[Example], int]:
-    """One example a pair, numbered from `first` by `origin`; and how many were left out.
+    """One example a pair, `origin` being its number among the rows, from `first` on; and how many were left out.
 
     Args:
         length: tokens that the prompt and both replies may have together.
@@ -100,13 +106,16 @@ def pair_examples(
     made: list[Example] = []
     long: list[str] = []
     left_out = 0
-    for row in rows:
-        pair = pair_example(row, tokenizer)
+    for number, row in enumerate(rows, first):
+        try:
+            pair = pair_example(row, tokenizer)
+        except DataError as error:
+            raise DataError(f"{row.origin}: {error.message}", error.hint) from error
         size = len(pair.tokens)
         if size > length and too_long == "cut":
             pair = _cut(pair, length)
         if len(pair.tokens) <= length:
-            made.append(Example(pair.tokens, pair.targets, pair.segments, label=1, origin=first + len(made)))
+            made.append(Example(pair.tokens, pair.targets, pair.segments, label=1, origin=number))
         elif too_long == "drop":
             left_out += 1
         else:

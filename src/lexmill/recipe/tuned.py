@@ -112,7 +112,16 @@ class _Scores:
     def key(self, rows: Sequence[Row]) -> str:
         """What the scores of the base depend on."""
         config = self.config
-        asked = [config.task, config.score_tokens, config.too_long, config.text, config.seed, self.lineage]
+        kept = config.lora.quantise if config.lora else ""
+        asked = [
+            config.task,
+            config.score_tokens,
+            config.too_long,
+            config.text,
+            config.seed,
+            kept,
+            self.lineage,
+        ]
         weights = [self.base.path.resolve().as_posix(), self.base.lineage]
         return sha256_json([asked, weights, [repr(row) for row in rows]])
 
@@ -124,7 +133,12 @@ class _Scores:
         adapter = model.adapter if isinstance(model, AdapterDirectory) else None
         directory = model.base if isinstance(model, AdapterDirectory) else model
         lineage = self.lineage if model is self.base else model.lineage
-        loaded = LanguageModel(load_model(directory, adapter), directory.tokenizer, directory.path, lineage)
+        kept = (
+            self.config.lora.quantise if self.config.lora else ""
+        )  # as in training: who asked for that has no room
+        loaded = LanguageModel(
+            load_model(directory, adapter, kept), directory.tokenizer, directory.path, lineage
+        )
         found: dict[str, Any] = {}
         if rows:
             try:
@@ -161,8 +175,13 @@ class _Scores:
     def _score(self, model: Any, rows: Sequence[Row], progress: Progress, examples: int) -> Any:
         from lexmill.evaluate.scores import ScoreConfig, Scoring
 
+        # rows that are an error have been refused; what is cut here makes room to answer in a small context
+        too_long = "drop" if self.config.too_long == "drop" else "cut"
         settings = ScoreConfig(
-            max_tokens=self.config.score_tokens, examples=examples, too_long=self.config.too_long
+            max_tokens=self.config.score_tokens,
+            examples=examples,
+            too_long=too_long,  # type: ignore[arg-type]
+            reference=str(self.base.path),
         )
         return self._scorer(model, Scoring(rows, settings, progress))
 
