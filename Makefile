@@ -24,8 +24,8 @@ test-slow: $(VENV)/ready
 	@$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/ready
-	@$(BIN)/ruff format --check src tests bench examples
-	@$(BIN)/ruff check src tests bench examples
+	@$(BIN)/ruff format --check src tests bench examples recipes
+	@$(BIN)/ruff check src tests bench examples recipes
 
 types: $(VENV)/ready
 	@$(BIN)/mypy
