@@ -90,17 +90,20 @@ def attend_in_turn(levels: list[str]) -> None:
         print(f"  {name:<20}" + "".join(f"{1000 * seconds:8.1f}" for seconds in times))
 
 
-def products() -> None:
+def products(kernels: Kernels) -> None:
     """GFLOP/s of a weight's products, bfloat16."""
     x, gradient = torch.randn(ROWS, WIDTH).bfloat16(), torch.randn(ROWS, INNER).bfloat16()
     weight, turned = torch.randn(INNER, WIDTH).bfloat16(), gradient.mT.contiguous()
     print(f"products of {ROWS} rows, {WIDTH} to {INNER}, GFLOP/s")
-    for name, work in {
+    works: dict[str, Callable[[], Any]] = {
         "forward, X Wᵀ": lambda: x @ weight.mT,
         "to its input, G W": lambda: gradient @ weight,
         "to the weight, Gᵀ X": lambda: gradient.mT @ x,
         "the same, G turned before": lambda: turned @ x,
-    }.items():
+    }
+    if kernels.finds_weight_gradients:
+        works["the same, compiled, float32"] = partial(kernels.weight_gradient, gradient, x, biased=False)
+    for name, work in works.items():
         print(f"  {name:<28}{2 * ROWS * WIDTH * INNER / smallest(work) / 1e9:8,.0f}")
 
 
@@ -113,7 +116,7 @@ def main() -> None:
     activations(kernels)
     levels = [level for level in ("amx", "avx512_bf16") if load(level).instruction_set == level]
     attend_in_turn([*levels, "blocks"])
-    products()
+    products(kernels)
 
 
 if __name__ == "__main__":
