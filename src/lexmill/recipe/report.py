@@ -46,6 +46,7 @@ GROUPS = {
     "text": "Held-out text",
     "replies": "Replies",
     "chat": "Replies, held-out rows",
+    "task": "Test rows",
     "summarise": "Summaries, held-out rows",
     "translate": "Translations, held-out rows",
     "qa": "Answers, held-out questions (percent)",
@@ -130,7 +131,7 @@ def _header(run: Run) -> str:
 def _key_figures(run: Run) -> Iterable[tuple[str, str, str, str]]:
     """Name, value as HTML, a line below it, tone."""
     pretraining, finetuning = run.stages
-    parameters = run.figure("pretrain", "parameters")
+    parameters = run.figure("pretrain", "parameters") or run.figure("base", "parameters")
     vocabulary = run.figure("tokenizer", "vocabulary")
     more = f"vocabulary of {markup.show_number(vocabulary)} tokens" if vocabulary else ""
     yield "parameters", markup.show_number(parameters) if parameters else markup.ABSENT, more, ""
@@ -138,23 +139,28 @@ def _key_figures(run: Run) -> Iterable[tuple[str, str, str, str]]:
     tokens = run.figure("pretrain", "tokens") or pretraining.tokens
     then = run.figure("finetune", "tokens") or finetuning.tokens
     more = f"then {markup.show_number(then)} in fine-tuning" if then else ""
+    if "base" in run.steps:
+        tokens, more = then, "in fine-tuning" if then else ""
     yield "training tokens", markup.show_number(tokens) if tokens else markup.ABSENT, more, ""
 
-    losses = list(pretraining.series("validation_loss").values())
+    where = finetuning if "base" in run.steps else pretraining
+    losses = list(where.series("validation_loss").values())
     value = (
         " → ".join(f"{loss:.3f}" for loss in dict.fromkeys((losses[0], losses[-1])))
         if losses
         else markup.ABSENT
     )
-    more = (
-        "nats per token, first → last in pretraining" if len(losses) > 1 else "nats per token, in pretraining"
-    )
+    stage = where.title.lower()
+    unit = "nats per target" if where is finetuning else "nats per token"
+    more = f"{unit}, first → last in {stage}" if len(losses) > 1 else f"{unit}, in {stage}"
     yield "validation loss", value, more if losses else "", ""
 
     if own := markup.as_dict(run.scores.get("pretraining")):
         accuracy = own.get("tokens accuracy")
         value = f"{100 * float(accuracy or 0):.1f} %" if markup.is_finite(accuracy) else markup.ABSENT
         yield "right first guesses", value, "of hidden tokens in held-out text", ""
+    elif task := markup.as_dict(run.scores.get("task")):
+        yield _task_figure(task)
     else:
         yield _bits_per_byte(run)
 
@@ -170,6 +176,16 @@ def _key_figures(run: Run) -> Iterable[tuple[str, str, str, str]]:
     )
 
     yield "verify", *report_checks.overall_verdict(run.checks)
+
+
+def _task_figure(task: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """The first figure of a task, on its test rows."""
+    before, after = markup.as_dict(task.get("before")), markup.as_dict(task.get("after"))
+    name = next(iter(after), "")
+    found = [side[name] for side in (before, after) if markup.is_finite(side.get(name))]
+    label = MEASURES.get(name, (markup.as_words(name), ""))[0]
+    value = " → ".join(f"{figure:.4g}" for figure in found) or markup.ABSENT
+    return label, value, "test rows, before → after" if len(found) > 1 else "test rows", ""
 
 
 def _bits_per_byte(run: Run) -> tuple[str, str, str, str]:

@@ -15,7 +15,9 @@ from lexmill.train.metrics import read_metrics
 # step, title, what it makes, and where on the page to read more
 STEPS = (
     ("prepare", "Prepare", "documents from raw files", "data"),
+    ("rows", "Rows", "labelled rows, checked", "finetune"),
     ("tokenizer", "Tokenizer", "a vocabulary", "data"),
+    ("base", "Base", "a model to begin with", "finetune"),
     ("pretrain", "Pretrain", "a base model", "pretrain"),
     ("finetune", "Fine-tune", "a model that answers", "finetune"),
     ("evaluate", "Evaluate", "scores", "scores"),
@@ -67,7 +69,7 @@ class Run:
         """The steps that the recipe has; all where its text does not say."""
         found = re.search(r"^steps = \[(.*)\]$", self.recipe, re.MULTILINE)
         named = re.findall(r'"(\w+)"', found.group(1)) if found else []
-        return frozenset(named) or frozenset(step for step, *_ in STEPS)
+        return frozenset(named) or frozenset(step for step, *_ in STEPS if step not in ("rows", "base"))
 
     @classmethod
     def read(cls, run: Path) -> Run:
