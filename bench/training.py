@@ -346,10 +346,18 @@ def compare_loss(shape: str, seconds: float) -> None:
 
 # What a step's time goes to: the first row that fits an operation's name has it.
 PARTS = (
-    ("products of weights", ("aten::mm", "aten::addmm")),
+    ("products of weights", ("aten::mm", "aten::addmm", "mkldnn::", "_LinearBackward")),
     (
         "attention",
-        ("aten::bmm", "aten::baddbmm", "_Compiled", "_Blocks", "aten::_softmax", "aten::masked_fill"),
+        (
+            "aten::bmm",
+            "aten::baddbmm",
+            "_Compiled",
+            "_Joined",
+            "_Blocks",
+            "aten::_softmax",
+            "aten::masked_fill",
+        ),
     ),
     ("norms", ("_AddNorm", "_RMSNorm", "aten::native_layer_norm", "aten::rms_norm")),
     ("activations", ("_Activated", "aten::silu", "aten::gelu")),
@@ -375,11 +383,11 @@ def profile(shape: str, steps: int = 10) -> None:
 
     step, precision = our_side(shape, "adamw")
     source = batches(shape)
-    some = [next(source) for _ in range(steps + 2)]
-    for batch in some[:2]:
+    some = [next(source) for _ in range(steps + _WARM)]
+    for batch in some[:_WARM]:
         step(batch)
     with watch(activities=[ProfilerActivity.CPU]) as seen:
-        for batch in some[2:]:
+        for batch in some[_WARM:]:
             step(batch)
     spent = dict.fromkeys((name for name, _ in PARTS), 0.0)
     for event in seen.key_averages():
