@@ -146,4 +146,7 @@ def ollama(
             adapter=extra,
             progress=progress,
         )
-        typer.echo(f"installed {called} in {place.root}\nNow: ollama run {called}")
+        typer.echo(f"installed {called} in {place.root}")
+        if store is not None and place.root.resolve() != Store(default_store()).root.resolve():
+            typer.echo(f"A server that looks there: OLLAMA_MODELS={place.root} ollama serve")
+        typer.echo(f"Now: ollama run {called}")
