@@ -156,6 +156,8 @@ def _pretrain(place: Place) -> dict[str, Any]:
 
 
 def _training_figures(result: Any) -> dict[str, Any]:
+    from lexmill.devices import peak_memory
+
     return {
         "steps": result.steps,
         "tokens": result.tokens,
@@ -163,6 +165,8 @@ def _training_figures(result: Any) -> dict[str, Any]:
         "last loss": round(result.loss, 4),
         "precision": result.precision,
         "steps skipped": result.skipped,
+        "training seconds": round(result.seconds, 1),
+        "peak megabytes of the process": round(peak_memory() / 1e6),
     }
 
 
