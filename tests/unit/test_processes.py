@@ -140,7 +140,7 @@ def test_a_recipe_runs_on_two_processes_as_on_one(tmp_path):
         command = [*start, "run", str(tmp_path / "recipe.toml"), "--out", str(out), "--set"]
         done = subprocess.run([*command, "pretrain.device=cpu"], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("from raw text to a running model") == 1  # one process speaks for all
+        assert done.stdout.count("from raw data to a running model") == 1  # one process speaks for all
         assert (out / "pretrain" / "model" / "model.safetensors").is_file()
         lines = (out / "pretrain" / "metrics.jsonl").read_text().splitlines()
         curves.append([line["loss"] for line in map(json.loads, lines) if "loss" in line])
