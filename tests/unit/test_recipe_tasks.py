@@ -9,19 +9,16 @@ from lexmill.errors import ConfigError, DataError, FileError
 from lexmill.recipe import run as recipe_run
 from lexmill.recipe.config import DEFAULT_STEPS, read_recipe
 
-WORDS = {
-    "red": ["rose", "blood", "cherry"],
-    "green": ["grass", "leaf", "frog"],
-    "blue": ["sky", "sea", "jay"],
-}
+# one token each, so that a model of any seed soon learns what tells the labels apart
+WORDS = {"red": "红", "green": "绿", "blue": "蓝"}
 
 
 def labelled(path, count, start=0):
     rows = []
     for number in range(start, start + count):
         label = list(WORDS)[number % 3]
-        word = WORDS[label][number // 3 % 3]
-        rows.append({"text": f"number {number} is like a {word} to me", "label": label})
+        word = WORDS[label]
+        rows.append({"text": f"{word} looks like this number {number}", "label": label})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
 
@@ -35,7 +32,7 @@ validation = "validation.jsonl"
 test = "test.jsonl"
 [tokenizer]
 kind = "wordpiece"
-vocab_size = 100
+vocab_size = 64
 [base.model]
 family = "bert"
 width = 32
@@ -44,7 +41,7 @@ heads = 2
 context = 64
 [finetune]
 task = "classify"
-steps = 150
+steps = 60
 rows = 4
 learning_rate = 0.01
 matrix_learning_rate = 0.02
@@ -73,7 +70,7 @@ def test_a_classifier_from_rows_alone(folder):
     assert "before" not in found["task"]  # a model without a head cannot be scored
     checked = json.loads((out / "rows/rows.json").read_text("utf-8"))
     assert {split: checked[split]["rows"] for split in checked} == {"train": 180, "validation": 9, "test": 18}
-    (said,) = lexmill.load(out).classify(["number 7 is like a frog to me"])
+    (said,) = lexmill.load(out).classify(["绿 looks like this number 7"])
     assert max(said, key=said.get) == "green"
     lineage = json.loads((out / "model/lexmill.json").read_text("utf-8"))
     assert lineage["scores"]["task"]["after"] == found["task"]["after"]
