@@ -65,9 +65,10 @@ def check(
     """
     from lexmill.config import apply_overrides, from_mapping, suggest
     from lexmill.data.check import check_rows
+    from lexmill.data.labelled import KINDS_OF_TASKS
     from lexmill.data.tables import count_rows
     from lexmill.errors import ConfigError
-    from lexmill.finetune.check import KINDS_OF_TASKS, Lengths, sketcher
+    from lexmill.finetune.check import Lengths, sketcher
     from lexmill.finetune.config import FinetuneConfig
     from lexmill.inference.language_model import find_model
     from lexmill.model.directory import ModelDirectory

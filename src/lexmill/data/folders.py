@@ -85,3 +85,9 @@ def refuse_foreign_folder(folder: Path, ours: Collection[str]) -> None:
             "the whole folder.",
             "Choose a new or empty folder with --out.",
         )
+
+
+def find_root(root: str, recipe: Path) -> Path | None:
+    """The folder that a recipe's relative paths start from: `root` from the recipe's folder, or as it stands."""
+    candidates = [recipe / root, Path(root)] if root else [recipe]
+    return next((folder for folder in candidates if folder.is_dir()), None)

@@ -138,3 +138,15 @@ KINDS: dict[type[Row], str] = {
     Preference: "chosen and rejected replies",
     Match: "queries with a text that belongs to them",
 }
+
+
+# What each task learns from and is scored on, whatever the model.
+KINDS_OF_TASKS: dict[str, type[Row]] = {
+    "chat": Conversation,
+    "classify": LabelledText,
+    "embed": Match,
+    "prefer": Preference,
+    "qa": Question,
+    "summarise": TextPair,
+    "translate": TextPair,
+}

@@ -14,7 +14,7 @@ from lexmill.data.card import data_card
 from lexmill.data.cleaning import normalise, unwrap_paragraphs
 from lexmill.data.deduplicate import ExactDuplicates
 from lexmill.data.documents import KINDS, Document, document_id, write_documents
-from lexmill.data.folders import find_inputs, refuse_foreign_folder
+from lexmill.data.folders import find_inputs, find_root, refuse_foreign_folder
 from lexmill.data.readers import RawDocument, read_raw
 from lexmill.data.splitting import assign_split, compile_rule, split_documents, split_position, words_of
 from lexmill.errors import ConfigError, DataError
@@ -102,9 +102,9 @@ class PrepareConfig:
         Raises:
             DataError: `root` is no folder.
         """
-        candidates = [recipe / self.root, Path(self.root)] if self.root else [recipe]
-        found = next((folder for folder in candidates if folder.is_dir()), None)
+        found = find_root(self.root, recipe)
         if found is None:
+            candidates = [recipe / self.root, Path(self.root)] if self.root else [recipe]
             raise DataError(
                 f"There is no folder {' or '.join(map(str, candidates))} with the recipe's data.",
                 "Say where it lies: --set prepare.root=FOLDER. The recipe's first lines tell what it needs.",

@@ -8,15 +8,7 @@ from pathlib import Path
 
 from lexmill.config import suggest
 from lexmill.data.forms import read_rows
-from lexmill.data.labelled import (
-    Conversation,
-    LabelledText,
-    Match,
-    Preference,
-    Question,
-    Row,
-    TextPair,
-)
+from lexmill.data.labelled import KINDS_OF_TASKS, Row
 from lexmill.errors import ConfigError
 from lexmill.evaluate.chat import chat_scores
 from lexmill.evaluate.classify import classify_scores
@@ -37,15 +29,15 @@ def qa_scores(model: LanguageModel, scoring: Scoring) -> TaskScores:
     return scorer(model, scoring)
 
 
-# A new task: a file with a function that scores it; its name here, with the kind of row that it takes.
-SCORERS: dict[str, tuple[type[Row], TaskScorer]] = {
-    "chat": (Conversation, chat_scores),
-    "classify": (LabelledText, classify_scores),
-    "embed": (Match, embed_scores),
-    "prefer": (Preference, prefer_scores),
-    "qa": (Question, qa_scores),
-    "summarise": (TextPair, summary_scores),
-    "translate": (TextPair, translation_scores),
+# A new task: a file with a function that scores it, and its name here.
+SCORERS: dict[str, TaskScorer] = {
+    "chat": chat_scores,
+    "classify": classify_scores,
+    "embed": embed_scores,
+    "prefer": prefer_scores,
+    "qa": qa_scores,
+    "summarise": summary_scores,
+    "translate": translation_scores,
 }
 
 
@@ -81,4 +73,4 @@ def find_scorer(task: str) -> tuple[type[Row], TaskScorer]:
     """
     if task not in SCORERS:
         raise ConfigError(f"There is no task '{task}'.", suggest(task, SCORERS))
-    return SCORERS[task]
+    return KINDS_OF_TASKS[task], SCORERS[task]

@@ -11,13 +11,8 @@ import numpy as np
 
 from lexmill.config import suggest
 from lexmill.data.labelled import (
-    Conversation,
-    LabelledText,
-    Match,
-    Preference,
-    Question,
+    KINDS_OF_TASKS,
     Row,
-    TextPair,
 )
 from lexmill.errors import ConfigError, DataError, ModelError
 from lexmill.finetune.chat import chat_example
@@ -30,16 +25,6 @@ from lexmill.tokenizer.pairs import encode_pairs
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.train.examples import IGNORED, Example
 
-# what each task takes, whatever the model
-KINDS_OF_TASKS: dict[str, type[Row]] = {
-    "chat": Conversation,
-    "classify": LabelledText,
-    "embed": Match,
-    "prefer": Preference,
-    "qa": Question,
-    "summarise": TextPair,
-    "translate": TextPair,
-}
 _ENDLESS = 1 << 30  # tokens
 _BARS = 12
 _PERCENTILES = (50, 90, 95, 99)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lexmill.data.folders import find_root
 from lexmill.data.forms import read_rows
-from lexmill.data.labelled import RowSettings
+from lexmill.data.labelled import KINDS_OF_TASKS, RowSettings
 from lexmill.data.tables import is_pair, pair_of
 from lexmill.errors import ConfigError, DataError, FileError
 from lexmill.files import sha256_file, write_json
@@ -63,9 +64,8 @@ def find(name: str, root: str, recipe: Path, setting: str) -> Path:
     """
     if not root:
         return recipe / name
-    for folder in (recipe / root, Path(root)):
-        if folder.is_dir():
-            return folder / name
+    if folder := find_root(root, recipe):
+        return folder / name
     raise FileError(
         f"{root}: there is no such folder.",
         f"Say where it lies: --set {setting}=FOLDER. The recipe's first lines tell what it needs.",
@@ -122,7 +122,6 @@ def check_split(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]
         DataError: rows that cannot be used, unless `finetune.bad_rows` says "skip"; names the first ones.
     """
     from lexmill.data.check import check_rows
-    from lexmill.finetune.check import KINDS_OF_TASKS
 
     config: RowsConfig = recipe.table("rows")
     settings: FinetuneConfig = recipe.table("finetune")
@@ -160,8 +159,6 @@ def check_split(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]
 
 def row_texts(recipe: Recipe) -> Any:
     """All texts of the training rows, for a tokenizer to be trained on."""
-    from lexmill.finetune.check import KINDS_OF_TASKS
-
     settings: FinetuneConfig = recipe.table("finetune")
     train = recipe.table("rows").path("train", recipe.base)
     for row in read_rows(train, settings, KINDS_OF_TASKS[settings.task]):
