@@ -30,21 +30,9 @@ inline long filled(long count) { return (count + kStep - 1) / kStep * kStep; }
 // c (rows × columns) = or += a (rows × depth) b; rows and depth are multiples of 32, columns of 32.
 void product(float* c, long c_row, const bf16* a, long a_row, const uint32_t* b, long b_row, long rows, long columns,
              long depth, bool add) {
-    finish_stores();
     for (long i = 0; i < rows; i += 32)
         for (long j = 0; j < columns; j += 32) {
-            float *c0 = c + i * c_row + j, *c1 = c0 + 16 * c_row;
-            if (add) {
-                _tile_loadd(0, c0, c_row * 4);
-                _tile_loadd(1, c0 + 16, c_row * 4);
-                _tile_loadd(2, c1, c_row * 4);
-                _tile_loadd(3, c1 + 16, c_row * 4);
-            } else {
-                _tile_zero(0);
-                _tile_zero(1);
-                _tile_zero(2);
-                _tile_zero(3);
-            }
+            begin_sums(c + i * c_row + j, c_row, add);
             for (long k = 0; k < depth; k += 32) {
                 _tile_loadd(4, a + i * a_row + k, a_row * 2);
                 _tile_loadd(5, a + (i + 16) * a_row + k, a_row * 2);
@@ -55,10 +43,7 @@ void product(float* c, long c_row, const bf16* a, long a_row, const uint32_t* b,
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }
-            _tile_stored(0, c0, c_row * 4);
-            _tile_stored(1, c0 + 16, c_row * 4);
-            _tile_stored(2, c1, c_row * 4);
-            _tile_stored(3, c1 + 16, c_row * 4);
+            store_sums(c + i * c_row + j, c_row);
         }
 }
 #else

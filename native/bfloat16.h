@@ -28,6 +28,31 @@ struct Tiles {  // of 16 rows of 64 bytes; other libraries set their own before 
     }
     ~Tiles() { _tile_release(); }
 };
+
+// Tiles 0 to 3 are the quarters of 32 × 32 sums, `row` numbers from one row to the next: taken up, or begun at 0.
+inline void begin_sums(const float* sums, long row, bool add) {
+    finish_stores();
+    if (!add) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        return;
+    }
+    const float* lower = sums + 16 * row;
+    _tile_loadd(0, sums, row * 4);
+    _tile_loadd(1, sums + 16, row * 4);
+    _tile_loadd(2, lower, row * 4);
+    _tile_loadd(3, lower + 16, row * 4);
+}
+
+inline void store_sums(float* sums, long row) {
+    float* lower = sums + 16 * row;
+    _tile_stored(0, sums, row * 4);
+    _tile_stored(1, sums + 16, row * 4);
+    _tile_stored(2, lower, row * 4);
+    _tile_stored(3, lower + 16, row * 4);
+}
 #else
 struct Tiles {};
 #endif

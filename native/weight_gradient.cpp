@@ -117,19 +117,7 @@ void lay_squares(const Side& of, long first, long rows, bf16* to, float* sums) {
 
 // sums (32 × 32) = or += left (32 × rows) right (rows × 32), of one column of each side.
 void square(float* sums, const bf16* left, const uint32_t* right, long rows, bool add) {
-    float* lower = sums + 16 * kSide;
-    finish_stores();
-    if (add) {
-        _tile_loadd(0, sums, kSide * 4);
-        _tile_loadd(1, sums + 16, kSide * 4);
-        _tile_loadd(2, lower, kSide * 4);
-        _tile_loadd(3, lower + 16, kSide * 4);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    begin_sums(sums, kSide, add);
     for (long t = 0; t < rows; t += 32, left += 32 * kSide, right += 16 * kSide) {
         _tile_loadd(4, left, 64);
         _tile_loadd(6, right, kSide * 4);
@@ -140,10 +128,7 @@ void square(float* sums, const bf16* left, const uint32_t* right, long rows, boo
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums, kSide * 4);
-    _tile_stored(1, sums + 16, kSide * 4);
-    _tile_stored(2, lower, kSide * 4);
-    _tile_stored(3, lower + 16, kSide * 4);
+    store_sums(sums, kSide);
 }
 
 // A square of sums to where it belongs, (rows, columns) of which are there; its columns stand in the order of places.
