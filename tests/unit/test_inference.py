@@ -67,7 +67,14 @@ def test_penalties_know_what_was_said_and_what_was_written():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"repetition_penalty": 0}, {"frequency_penalty": float("nan")}]
+    "wrong",
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"frequency_penalty": float("nan")},
+    ],
 )
 def test_impossible_options_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

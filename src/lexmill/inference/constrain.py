@@ -158,13 +158,17 @@ def _vocabulary(tokenizer: Tokenizer) -> Any:
     import llguidance
 
     if not tokenizer.ids.stop:
-        raise ModelError("This tokenizer has no token that ends a text, so that no form could ever be complete.")
+        raise ModelError(
+            "This tokenizer has no token that ends a text, so that no form could ever be complete."
+        )
     try:
         return llguidance.LLTokenizer(
             tokenizer.json, n_vocab=tokenizer.vocab_size, eos_token=list(tokenizer.ids.stop)
         )
     except Exception as error:  # it tells of what it does not know as ValueError and as panic alike
-        raise ModelError(f"llguidance does not know this kind of tokenizer: {_first_line(str(error))}.") from None
+        raise ModelError(
+            f"llguidance does not know this kind of tokenizer: {_first_line(str(error))}."
+        ) from None
 
 
 def _first_line(text: str) -> str:

@@ -52,9 +52,7 @@ class SamplingConfig:
     @property
     def penalises(self) -> bool:
         """Whether what stands in the text matters."""
-        return (
-            self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        )
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

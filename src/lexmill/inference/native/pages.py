@@ -115,13 +115,22 @@ class Table:
         return other
 
     def begin_with(self, ids: Sequence[int]) -> int:
-        """Take the longest beginning of a prompt that the tree has; an empty table. Returns how many tokens.
+        """Take the longest beginning of a prompt that the tree has, if it is longer than what is here.
 
-        The last token is never among them: it has to be computed for what follows it.
+        All pages here hold tokens of the same prompt, computed to the last. The prompt's last token is never
+        taken: it has to be computed for what follows it.
+
+        Returns:
+            How many tokens are here now; 0 if the tree has nothing longer.
         """
-        assert not self.pages
-        self.pages = self._store.prefixes.find(ids)
-        return BLOCK * len(self.pages)
+        found = self._store.prefixes.find(ids)
+        longer = len(found) > len(self.pages)
+        for page in self.pages if longer else found:
+            self._store.release(page)
+        if not longer:
+            return 0
+        self.pages = found
+        return BLOCK * len(found)
 
     def share(self, ids: Sequence[int], computed: int) -> None:
         """Let the tree keep the whole pages of a prompt's first `computed` tokens.
