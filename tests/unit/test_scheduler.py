@@ -176,6 +176,15 @@ def test_a_known_beginning_is_not_computed_again(network, tokenizer):
     assert sum(tokens for tokens, _, prompt in engine.batches if prompt) < 1.5 * 381
 
 
+def test_what_was_written_is_computed_anew_when_it_is_given(network, tokenizer):
+    scheduler = Scheduler(SlowEngine(network))
+    config, prompt = GenerationConfig(max_tokens=70), list(range(10, 50))
+    prompt += ids_of(scheduler.submit(tokenizer, prompt, config))
+    assert len(prompt) > 2 * BLOCK + 8, "the text has ended too soon for whole pages of it"
+    prompt += [7, 8]
+    assert ids_of(scheduler.submit(tokenizer, prompt, config)) == alone(network, tokenizer, prompt, config)
+
+
 def test_a_long_prompt_does_not_hold_up_those_who_write(network, tokenizer):
     engine = SlowEngine(network, 80)
     scheduler = Scheduler(engine, drafter=None)

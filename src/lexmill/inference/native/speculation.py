@@ -135,15 +135,15 @@ class Pace:
     @property
     def costs(self) -> tuple[float, float]:
         """Seconds of a step, and of each token in it."""
-        count, tokens, squares, seconds, products = self._sums
+        count, tokens, squares, seconds, products = self._sums.tolist()
         if not count:
             return 1.0, 0.3
         mean, time = tokens / count, seconds / count
         spread = squares / count - mean**2
         # before batches differ in size: a guess that lets guesses be tried
         slope = (products / count - mean * time) / spread if spread > 0.01 else 0.25 * time / mean
-        slope = min(max(float(slope), 0.02 * float(time / mean)), float(time / mean))
-        return max(float(time) - slope * float(mean), 0.0), slope
+        slope = min(max(slope, 0.02 * time / mean), time / mean)
+        return max(time - slope * mean, 0.0), slope
 
     def best(self, rate: float, rows: int, most: int) -> int:
         """How many guesses bring the most tokens a second.
