@@ -68,10 +68,10 @@ class _Elsewhere:
 def _of_gguf(path: Path) -> LanguageModel:
     from lexmill.formats.gguf import GGUFFile
     from lexmill.inference.language_model import LanguageModel
+    from lexmill.model.gguf_config import config_from_gguf
     from lexmill.runtimes.gguf_kept import asked_in
-    from lexmill.runtimes.gguf_vocabulary import read_vocabulary
-    from lexmill.runtimes.import_shapes import config_from_gguf
-    from lexmill.runtimes.import_tokenizer import import_tokenizer
+    from lexmill.tokenizer.gguf_reading import import_tokenizer
+    from lexmill.tokenizer.gguf_vocabulary import read_vocabulary
 
     with GGUFFile.open(path) as file:
         vocabulary = read_vocabulary(file)

@@ -16,7 +16,7 @@ import numpy as np
 from lexmill.errors import ModelError
 from lexmill.formats.gguf import GGUFFile, Value, string
 from lexmill.model.config import ModelConfig
-from lexmill.runtimes.gguf_shapes import shape_metadata
+from lexmill.model.gguf_shapes import shape_metadata
 from lexmill.runtimes.gguf_tokenizer import tokenizer_metadata
 from lexmill.tokenizer.tokenizer import Tokenizer
 

@@ -17,15 +17,15 @@ from lexmill.formats.safetensors import from_bfloat16
 from lexmill.formats.safetensors_writing import SHARD_BYTES
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory, convert, write_model_directory
+from lexmill.model.gguf_config import config_from_gguf, pooling_of
+from lexmill.model.gguf_rope import ROPE_FREQS
+from lexmill.model.gguf_shapes import read_weight, weight_from_gguf
 from lexmill.model.names import WeightName, weight_names, weight_shapes
 from lexmill.progress import SILENT, Progress, Task
 from lexmill.runtimes.gguf_kept import asked_in, keep
-from lexmill.runtimes.gguf_rope import ROPE_FREQS
-from lexmill.runtimes.gguf_shapes import read_weight, weight_from_gguf
-from lexmill.runtimes.gguf_vocabulary import read_vocabulary
 from lexmill.runtimes.huggingface import check_target, publish
-from lexmill.runtimes.import_shapes import config_from_gguf, pooling_of
-from lexmill.runtimes.import_tokenizer import import_tokenizer
+from lexmill.tokenizer.gguf_reading import import_tokenizer
+from lexmill.tokenizer.gguf_vocabulary import read_vocabulary
 
 DTYPES = {
     "auto": "",
