@@ -68,15 +68,11 @@ class _Elsewhere:
 def _of_gguf(path: Path) -> LanguageModel:
     from lexmill.formats.gguf import GGUFFile
     from lexmill.inference.language_model import LanguageModel
-    from lexmill.model.gguf_config import config_from_gguf
-    from lexmill.runtimes.gguf_kept import asked_in
-    from lexmill.tokenizer.gguf_reading import import_tokenizer
-    from lexmill.tokenizer.gguf_vocabulary import read_vocabulary
+    from lexmill.model.gguf_model import GGUFModel
 
     with GGUFFile.open(path) as file:
-        vocabulary = read_vocabulary(file)
-        config = config_from_gguf(file, vocabulary.rows)
-        return LanguageModel(_Elsewhere(config), import_tokenizer(vocabulary), path, asked_in(file))
+        model = GGUFModel(file)
+        return LanguageModel(_Elsewhere(model.config), model.tokenizer, path, model.lineage)
 
 
 def _llama_cpp_writer(source: Path | ModelDirectory) -> Writer:
