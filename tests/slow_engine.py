@@ -18,12 +18,12 @@ from lexmill.inference.torch_backend import hidden_rows
 class SlowEngine:
     """`lexmill.inference.native.interface.Engine`."""
 
-    def __init__(self, network, pages=64):
+    def __init__(self, network, pages=64, noise=0.1):
         self.network, self.config, self.pages, self.threads = network, network.config, pages, 1
-        self.vocab_size = network.config.vocab_size
+        self.vocab_size, self.context = network.config.vocab_size, network.config.context
         self.held = np.full((pages, BLOCK, 3), -1)
         self.read = {}  # handle -> ids
-        self._handles = 0
+        self._handles, self._scale = 0, noise
         self._known = {}
         self.batches = []  # (tokens, texts, prompt) of each
 
@@ -36,7 +36,7 @@ class SlowEngine:
         assert (np.diff(batch.rows) >= 0).all() and (
             np.diff(batch.positions)[np.diff(batch.rows) == 0] == 1
         ).all()
-        assert not batch.prompt or count <= CHUNK
+        assert count <= CHUNK
         assert (batch.memory is not None) == (self.config.shape == "encoder_decoder")
         self.batches.append((count, len(set(batch.rows.tolist())), batch.prompt))
         places = batch.tables[batch.rows, batch.positions // BLOCK], batch.positions % BLOCK
@@ -68,7 +68,7 @@ class SlowEngine:
 
     def _noise(self, given):
         random = np.random.default_rng(zlib.crc32(given.astype(np.uint8).tobytes()))
-        return 0.1 * random.standard_normal(self.vocab_size).astype(np.float32)
+        return np.float32(self._scale) * random.standard_normal(self.vocab_size).astype(np.float32)
 
     def copy_pages(self, pairs):
         for source, target in pairs:
@@ -79,7 +79,9 @@ class SlowEngine:
             return [hidden_rows(self.network, [text])[0] for text in texts]
         with torch.inference_mode():
             return [
-                self.network.hidden(torch.tensor([text]), segments=torch.tensor([kinds]))[0].numpy()
+                self.network.hidden(torch.tensor(np.array([text])), segments=torch.tensor(np.array([kinds])))[
+                    0
+                ].numpy()
                 for text, kinds in zip(texts, segments)
             ]
 

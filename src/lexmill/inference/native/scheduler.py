@@ -18,14 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lexmill.errors import ModelError
+from lexmill.errors import ConfigError, ModelError
 from lexmill.inference.generation import GenerationConfig, Step, Writing
 from lexmill.inference.native.interface import BLOCK, CHUNK, NO_PAGE, Batch, Engine
 from lexmill.inference.native.pages import OutOfPages, PageStore, Table
 from lexmill.inference.native.speculation import Drafter, Pace, PromptLookup, Speculation
 from lexmill.tokenizer.tokenizer import Tokenizer
-
-_UNLIMITED = 1 << 30  # tokens; relative positions know no end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +32,10 @@ class Limits:
 
     rows: int = 64  # texts that are computed at once
     waiting: int = 4096  # texts that wait for their turn
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rows <= CHUNK:
+            raise ConfigError(f"'rows' must be from 1 to {CHUNK}, but is {self.rows}.")
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,7 @@ class Scheduler:
     ) -> None:
         self.engine, self.limits = engine, limits or Limits()
         self.store, self.pace = PageStore(engine.pages), Pace()
-        relative = engine.config.positions == "relative"
-        own = _UNLIMITED if relative else engine.config.context
-        self.context = min(own, engine.pages * BLOCK)
+        self.context = min(engine.context, engine.pages * BLOCK)
         self._drafter = drafter
         self._numbers = itertools.count()
         self._changed = threading.Condition()
@@ -308,22 +308,24 @@ class Scheduler:
         """The last token of each running text with guesses behind it, or what has to be computed again."""
         parts: list[_Part] = []
         writers = [text for text in self._running if not text.reads]
+        room = CHUNK - len(writers)  # beside one token for each
         for text in writers:
             if text not in self._running:
                 continue  # it gave back its pages
             ids = text.writing.ids
-            end = min(len(ids), text.done + CHUNK)
-            guesses = self._guesses(text, len(writers)) if end == len(ids) else []
+            end = min(len(ids), text.done + 1 + room)
+            guesses = self._guesses(text, len(writers), room) if end == len(ids) else []
             if guesses and text.table.missing(text.done, end + len(guesses)) > self.store.available:
                 guesses = []
             if self._reserve(text, end + len(guesses), parts):
+                room -= end + len(guesses) - text.done - 1
                 parts.append(_Part(text, text.done, end, guesses, wanted=end == len(ids)))
         return parts
 
-    def _guesses(self, text: Text, rows: int) -> list[int]:
-        """Tokens that may follow; what a form makes certain comes first."""
+    def _guesses(self, text: Text, rows: int, room: int) -> list[int]:
+        """Up to `room` tokens that may follow; what a form makes certain comes first."""
         writing = text.writing
-        most = min(writing.room - 1, self.context - len(writing.ids) - 1)
+        most = min(room, writing.room - 1, self.context - len(writing.ids) - 1)
         if most < 1 or text.speculation is None:
             return []
         if writing.constraint is not None:

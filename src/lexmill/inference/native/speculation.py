@@ -82,7 +82,7 @@ class _Drafts:
         limit = min(len(self._read), len(ids) - 1)
         while known < limit and self._read[known] == ids[known]:
             known += 1
-        most = min(most, self._engine.config.context - len(ids))
+        most = min(most, self._engine.context - len(ids))
         text, found = list(ids), list[int]()
         try:
             while len(found) < most:
