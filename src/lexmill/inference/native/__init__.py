@@ -1,1 +1,1 @@
-"""The native backend: lexmill's own engine, and what decides which tokens it computes next. Free of torch."""
+"""lexmill's own engine for CPUs: no torch, one compiled module (`native/engine`), everything else here."""
