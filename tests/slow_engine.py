@@ -25,7 +25,6 @@ class SlowEngine:
         self.read = {}  # handle -> ids
         self._handles, self._scale = 0, noise
         self._known = {}
-        self.batches = []  # (tokens, texts, prompt) of each
 
     def forward(self, batch: Batch):
         count = len(batch.tokens)
@@ -38,7 +37,6 @@ class SlowEngine:
         ).all()
         assert count <= CHUNK
         assert (batch.memory is not None) == (self.config.shape == "encoder_decoder")
-        self.batches.append((count, len(set(batch.rows.tolist())), batch.prompt))
         places = batch.tables[batch.rows, batch.positions // BLOCK], batch.positions % BLOCK
         assert (places[0] >= 0).all()
         assert len(set(zip(*(part.tolist() for part in places)))) == count, "two texts write into one place"

@@ -239,6 +239,7 @@ class Engine {
     void step(const Operation& o, int number, Counter* counters) {
         const Batch& batch = *batch_;
         const long rows = o.wanted ? batch.wanted : batch.tokens;
+        if (!rows) return;  // a chunk of a prompt that nobody asks anything of
         switch (o.kind) {
             case kEmbed:
                 return share(counters[0], rows, 8, [&](long first, long end) {
