@@ -97,7 +97,7 @@ def verify(
     asked_ollama = ollama_place(ollama) if ollama else None
     with progress.task("verify", 8 + 9 * len(ggufs) + (5 if ollama else 0), "checks") as task:
         task.advance(0, "lexmill")
-        own = _Own(load(directory.path), directory, prompts, tokens)
+        own = _Own(load(directory.path, backend="torch"), directory, prompts, tokens)
         task.advance(1)
         checks: list[Check] = []
         if transformers:
