@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from lexmill.errors import ConfigError
-from lexmill.inference.constrain import Constraint, Form, constrain
+from lexmill.inference.constrain import Constraint, Form, FormKind, constrain
 from lexmill.inference.native.choosing import Chosen
 from lexmill.inference.sampling import SamplingConfig, choose
 from lexmill.tokenizer.tokenizer import Tokenizer
@@ -68,6 +69,52 @@ class GenerationConfig:
             raise ConfigError(f"logprobs must be 0 or more, but is {self.logprobs}.")
         if any(not text for text in self.stop):
             raise ConfigError("A stop string may not be empty.")
+
+
+def generation_config(
+    *,
+    max_tokens: int = 256,
+    stop: str | Sequence[str] = (),
+    logprobs: int = 0,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    seed: int | None = None,
+    json_schema: str | Mapping[str, Any] | None = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+) -> GenerationConfig:
+    """A `GenerationConfig` from flat options.
+
+    Raises:
+        ConfigError: an option that makes no sense, or several of the last three.
+    """
+    if json_schema is not None and not isinstance(json_schema, str):
+        json_schema = json.dumps(json_schema)
+    asked: dict[FormKind, str | None] = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+    forms = [Form(kind, text) for kind, text in asked.items() if text is not None]
+    if len(forms) > 1:
+        raise ConfigError("A text has one form: give a JSON schema, a regular expression or a grammar.")
+    return GenerationConfig(
+        max_tokens=max_tokens,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        logprobs=logprobs,
+        form=forms[0] if forms else None,
+        sampling=SamplingConfig(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+        ),
+    )
 
 
 def generate(

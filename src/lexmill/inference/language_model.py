@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,13 +17,10 @@ from lexmill.errors import ConfigError, DataError, FileError, ModelError
 from lexmill.formats.gguf import GGUFFile
 from lexmill.inference.backend import Backend, check_backend
 from lexmill.inference.beams import Hypothesis, beam_search
-from lexmill.inference.constrain import Form, FormKind
 from lexmill.inference.filling import Filler
-from lexmill.inference.generation import GenerationConfig, Step
+from lexmill.inference.generation import GenerationConfig, Step, generation_config
 from lexmill.inference.native.opening import engine_for
-from lexmill.inference.sampling import SamplingConfig
 from lexmill.inference.task_heads import TaskHeads
-from lexmill.model.adapter_files import AdapterDirectory, is_adapter
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.gguf_config import pooling_of
@@ -44,6 +42,7 @@ class LanguageModel(TaskHeads, Filler):
 
     Args:
         network: the Transformer in torch, or a function that makes it when something first asks for it.
+        tokenizer: its own, or a function that reads it.
         backend: who computes, or a function that starts it at the first question; torch where not given.
         config: needed where `network` is a function.
     """
@@ -51,14 +50,15 @@ class LanguageModel(TaskHeads, Filler):
     def __init__(
         self,
         network: Any,
-        tokenizer: Tokenizer | None,
+        tokenizer: Tokenizer | Callable[[], Tokenizer] | None,
         path: Path | None = None,
         lineage: Mapping[str, Any] | None = None,
         *,
         backend: Callable[[], Backend] | None = None,
         config: ModelConfig | None = None,
     ) -> None:
-        self._network, self._backend = network, backend
+        self._network, self._backend, self._lock = network, backend, threading.Lock()
+        self._opened: Backend | None = None
         self._tokenizer = tokenizer
         self.config: ModelConfig = network.config if config is None else config
         self.path = path
@@ -69,14 +69,27 @@ class LanguageModel(TaskHeads, Filler):
         """The Transformer itself, in torch; a model that runs in the engine is read once more for it."""
         return self._network() if inspect.isfunction(self._network) else self._network
 
-    @functools.cached_property
+    @property
     def backend(self) -> Backend:
-        """Who computes."""
-        if self._backend is not None:
-            return self._backend()
-        from lexmill.inference.torch_backend import TorchBackend
+        """Who computes; started when it is first asked for."""
+        with self._lock:
+            if self._opened is None and self._backend is not None:
+                self._opened = self._backend()
+            elif self._opened is None:
+                from lexmill.inference.torch_backend import TorchBackend
 
-        return TorchBackend(self.network)
+                self._opened = TorchBackend(self.network)
+            return self._opened
+
+    def _start(self) -> None:
+        """Let an engine start while something else is read; what goes wrong is said to who asks for it."""
+        if self._opened is None and self._backend is not None:
+
+            def start() -> None:
+                with contextlib.suppress(Exception):
+                    assert self.backend
+
+            threading.Thread(target=start, daemon=True).start()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -87,6 +100,8 @@ class LanguageModel(TaskHeads, Filler):
         """
         if self._tokenizer is None:
             self._tokenizer = Tokenizer.load(self.path or Path("."))
+        elif not isinstance(self._tokenizer, Tokenizer):
+            self._tokenizer = self._tokenizer()
         return self._tokenizer
 
     def logits(self, ids: Sequence[int], decoder_ids: Sequence[int] | None = None) -> np.ndarray:
@@ -221,6 +236,7 @@ class LanguageModel(TaskHeads, Filler):
 
     def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[Step]:
         """Generate behind a text, a step at a time."""
+        self._start()
         return self.stream_ids(self.tokenizer.encode(prompt), config)
 
     def generate(self, prompt: str, **options: Any) -> str:
@@ -275,6 +291,7 @@ class LanguageModel(TaskHeads, Filler):
 
     def stream_chat(self, messages: Any, config: GenerationConfig | None = None) -> Iterator[Step]:
         """The assistant's reply, a step at a time."""
+        self._start()
         return self.stream(self.render_chat(messages), config)
 
     @property
@@ -323,52 +340,6 @@ POOLING: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def generation_config(
-    *,
-    max_tokens: int = 256,
-    stop: str | Sequence[str] = (),
-    logprobs: int = 0,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    seed: int | None = None,
-    json_schema: str | Mapping[str, Any] | None = None,
-    regex: str | None = None,
-    grammar: str | None = None,
-) -> GenerationConfig:
-    """A `GenerationConfig` from flat options.
-
-    Raises:
-        ConfigError: an option that makes no sense, or several of the last three.
-    """
-    if json_schema is not None and not isinstance(json_schema, str):
-        json_schema = json.dumps(json_schema)
-    asked: dict[FormKind, str | None] = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
-    forms = [Form(kind, text) for kind, text in asked.items() if text is not None]
-    if len(forms) > 1:
-        raise ConfigError("A text has one form: give a JSON schema, a regular expression or a grammar.")
-    return GenerationConfig(
-        max_tokens=max_tokens,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        logprobs=logprobs,
-        form=forms[0] if forms else None,
-        sampling=SamplingConfig(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            seed=seed,
-        ),
-    )
-
-
 def find_model(path: Path | str) -> Path:
     """The model directory that `path` means: itself, or the final model of a run directory.
 
@@ -383,6 +354,8 @@ def find_model(path: Path | str) -> Path:
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
+    from lexmill.model.adapter_files import is_adapter
+
     if is_adapter(path):
         raise ModelError(
             f"{path} holds an adapter, and this needs a whole model.",
@@ -411,6 +384,8 @@ def load(
             backend that does not have it.
         ConfigError: there is no such backend.
     """
+    from lexmill.model.adapter_files import AdapterDirectory, is_adapter
+
     check_backend(backend)
     if Path(path).suffix.lower() == ".gguf" and Path(path).is_file():
         return _load_gguf(Path(path), backend)
@@ -453,7 +428,7 @@ def _load_gguf(path: Path, backend: str) -> LanguageModel:
     engine = engine_for(model, backend)
     return LanguageModel(
         network if engine else network(),
-        model.tokenizer,
+        lambda: model.kept_tokenizer,
         path,
         model.lineage,
         backend=engine,

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lexmill.errors import DataError, ModelError
 from lexmill.inference.backend import Backend
-from lexmill.inference.judging import (
-    Answer,
-    AnswerSettings,
-    by_length,
-    find_answers,
-    label_probabilities,
-    require_labels,
-    temperature_of,
-)
 from lexmill.model.config import ModelConfig
-from lexmill.tokenizer.pairs import cut, encode_pairs
 from lexmill.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # `generate` starts without these
+    from lexmill.inference.judging import Answer
 
 
 class TaskHeads:
@@ -53,6 +46,8 @@ class TaskHeads:
             ModelError: the model has no head that tells labels apart.
             DataError: an empty text, or not as many second texts.
         """
+        from lexmill.inference.judging import label_probabilities, require_labels, temperature_of
+
         require_labels(self.config.labels)
         first = [texts] if isinstance(texts, str) else list(texts)
         others: list[str | None] = [None] * len(first)
@@ -69,6 +64,9 @@ class TaskHeads:
 
     def label_logits(self, pairs: Sequence[tuple[str, str | None]], *, rows: int = 16) -> np.ndarray:
         """The logits of every label, not calibrated, float32: (len(pairs), labels)."""
+        from lexmill.inference.judging import by_length, require_labels
+        from lexmill.tokenizer.pairs import cut, encode_pairs
+
         require_labels(self.config.labels)
         encoded = [cut(pair, self.config.context) for pair in encode_pairs(self.tokenizer, pairs)]
         found = by_length(encoded, self.backend.head_logits, rows)
@@ -85,6 +83,8 @@ class TaskHeads:
             ModelError: the model has no head that finds answers.
             DataError: an empty question or context.
         """
+        from lexmill.inference.judging import AnswerSettings, find_answers
+
         if not self.config.span:
             raise ModelError(
                 "This model has no head that finds answers in a text.",

@@ -20,6 +20,7 @@ from lexmill.model.gguf_shapes import read_weight, weight_from_gguf
 from lexmill.model.names import WeightName, weight_names, weight_shapes
 from lexmill.tokenizer.gguf_reading import import_tokenizer
 from lexmill.tokenizer.gguf_vocabulary import read_vocabulary
+from lexmill.tokenizer.kept import kept_tokenizer
 from lexmill.tokenizer.tokenizer import Tokenizer
 
 ASKED = "lexmill.asked"  # a key of lexmill's own: how the model was asked in training for its tasks
@@ -54,6 +55,15 @@ class GGUFModel:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """As tokenizer.json has it: the same ids as in llama.cpp."""
+        return self.make_tokenizer()
+
+    @functools.cached_property
+    def kept_tokenizer(self) -> Tokenizer:
+        """The same, from a file beside this one that keeps it."""
+        return kept_tokenizer(self.file.path, self.make_tokenizer)
+
+    def make_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the file's vocabulary, made anew."""
         tokenizer = import_tokenizer(self._vocabulary)
         tokenizer.settings["model_max_length"] = self.config.context
         return tokenizer

@@ -81,8 +81,11 @@ def import_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
         settings["strip_accents"] = vocabulary.flag("normalizer.strip_accents", not cased)
     template = vocabulary.text("tokenizer.chat_template")
     text = json.dumps(values, ensure_ascii=False)
-    parse(text, vocabulary.where)  # says which file it is, should it be none
-    return Tokenizer(text, ids, template, settings=settings)
+    try:
+        return Tokenizer(text, ids, template, settings=settings)
+    except FormatError:
+        parse(text, vocabulary.where)  # says which file it is
+        raise
 
 
 def vocabulary_text(values: Mapping[str, Any], token: int) -> str:
@@ -188,7 +191,7 @@ def _pairs(vocabulary: Vocabulary) -> list[list[str]]:
     for number, merge in enumerate(vocabulary.merges):
         cut = merge.find(" ", 1)
         left, right = merge[:cut], merge[cut + 1 :]
-        if cut < 0 or not {left, right, left + right} <= known.keys():
+        if cut < 0 or left not in known or right not in known or left + right not in known:
             raise FormatError(
                 f"{vocabulary.where}: merge {number:,}, {merge[:60]!r}, does not make a token out of two.",
                 "The file is damaged; make or copy it again.",
