@@ -57,6 +57,10 @@ class Backend(Protocol):
         """The next-sentence head on a pair of texts: [follows, does not follow], float32."""
         ...
 
+    def close(self) -> None:
+        """Free what must not wait."""
+        ...
+
     def head_logits(self, pairs: Sequence[Any]) -> list[np.ndarray]:
         """What the head of a task says of texts or pairs (`lexmill.tokenizer.pairs.Pair`).
 

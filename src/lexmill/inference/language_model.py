@@ -104,6 +104,11 @@ class LanguageModel(TaskHeads, Filler):
             self._tokenizer = self._tokenizer()
         return self._tokenizer
 
+    def close(self) -> None:
+        """Free an engine; a model in torch goes with its last reference."""
+        if self._opened is not None:
+            self._opened.close()
+
     def logits(self, ids: Sequence[int], decoder_ids: Sequence[int] | None = None) -> np.ndarray:
         """Logits at each position, float32: (len(ids), vocab_size).
 

@@ -117,6 +117,9 @@ class TorchBackend:
     def pair_logits(self, ids: Sequence[int], segments: Sequence[int]) -> np.ndarray:
         return pair_logits(self.model, ids, segments)
 
+    def close(self) -> None:
+        pass
+
     def head_logits(self, pairs: Sequence[Any]) -> list[np.ndarray]:
         return head_logits(self.model, pairs)
 
