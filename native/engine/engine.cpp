@@ -11,12 +11,13 @@
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+
+#include <sys/mman.h>
 
 #include "engine.h"
 #include "pool.h"
@@ -71,20 +72,19 @@ const Kernels& find_kernels(int at_most) {
 
 long padded(long columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
 
-// Memory that begins on a page and, where it is large, lies in huge ones.
+// Memory that begins on a page, all zeros.
 struct Space {
     void* data = nullptr;
-    explicit Space(size_t bytes) {
-        constexpr size_t kHuge = size_t(2) << 20;
-        const size_t align = bytes >= kHuge ? kHuge : 4096, whole = (std::max<size_t>(bytes, 1) + align - 1) / align * align;
-        data = std::aligned_alloc(align, whole);
-        if (!data) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-        if (align == kHuge) madvise(data, whole, MADV_HUGEPAGE);
+    size_t size;
+    explicit Space(size_t bytes) : size((std::max<size_t>(bytes, 1) + 4095) / 4096 * 4096) {
+        // zeros that take memory only where they are touched
+        data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+        if (data == MAP_FAILED) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+        if (size >= size_t(4) << 20) madvise(data, size, MADV_HUGEPAGE);
 #endif
-        std::memset(data, 0, bytes);
     }
-    ~Space() { std::free(data); }
+    ~Space() { munmap(data, size); }
     Space(const Space&) = delete;
     Space& operator=(const Space&) = delete;
     template <class T>
@@ -268,7 +268,7 @@ class Engine {
 
     // What products read of one row: normed, scaled, padded with zeros.
     void prepare(const Operation& o, long row, long columns, int forms, int number, const Inputs& inputs) {
-        const long from = o.wanted && o.from >= 0 && !row_of_wanted(o) ? batch_->wanted_tokens[row] : row;
+        const long from = o.wanted ? batch_->wanted_tokens[row] : row;
         const float* x = buffer(o.from, from);
         float* own = threads_[size_t(number)].row->as<float>();
         const long whole = padded(columns);
@@ -284,8 +284,6 @@ class Engine {
         }
         kernels_.prepare(x, columns, forms, row, inputs);
     }
-    // 1: `to` of an earlier operation over the wanted tokens is what comes in.
-    static bool row_of_wanted(const Operation& o) { return o.wanted == 2; }
 
     void linear(const Operation& o, long rows, int number, Counter* counters) {
         Own& own = threads_[size_t(number)];

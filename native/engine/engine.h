@@ -36,7 +36,7 @@ struct Matrix {
 };
 
 enum OperationKind : int64_t { kEmbed, kNorm, kLinear, kStore, kAttend };
-enum Activation : int64_t { kNone, kSilu, kGelu, kGeluTanh, kRelu, kTanh };
+enum Activation : int64_t { kNone, kSilu, kGelu, kGeluTanh, kRelu };
 
 struct Operation {
     int64_t kind, from, to;       // buffers
@@ -46,7 +46,7 @@ struct Operation {
     int64_t centred;              // layer norm, else RMS norm
     int64_t activation, gated;    // gated: activation(first matrix) × second
     int64_t add;                  // to what the buffer holds
-    int64_t wanted;               // only the wanted tokens: row i of `to` is wanted token i
+    int64_t wanted;               // only the wanted tokens: row i of what comes out is wanted token i
     int64_t slot;                 // kStore, kAttend: whose keys and values
     int64_t memory;               // … of the other text
     int64_t queries;              // kStore: whether `from` begins with queries, which are turned in place

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -18,11 +19,13 @@ from lexmill.inference.native.library import (
     PlanStruct,
     library,
 )
-from lexmill.inference.native.packed import BFLOAT16, FLOAT16, FLOAT32, load_packed
+from lexmill.inference.native.packed import FLOAT16, FLOAT32, load_packed
 from lexmill.inference.native.plan import READ, WRITE, Plan, make_plan
 from lexmill.inference.native.sources import Source
 
 _LONGEST = 32768  # tokens; longer contexts on request
+_UNBOUNDED = 2048  # tokens of a text, where positions set no limit
+_TEXTS = 64  # that are read at once, at most
 
 
 class NativeEngine:
@@ -38,21 +41,24 @@ class NativeEngine:
         instruction_set: str = INSTRUCTION_SETS[-1],
         keep: bool = True,
     ) -> None:
-        self.config = source.config
+        self.config = config = source.config
         self.threads = threads or usable_threads()
-        self.context = (
-            min(context or _LONGEST, self.config.context)
-            if self.config.positions != "relative"
-            else (context or _LONGEST)
-        )
-        self.pages = pages or 4 * -(-self.context // BLOCK)
-        self.vocab_size = self.config.vocab_size
-        self.chunk = CHUNK if self.config.shape == "decoder" else max(CHUNK, self.context)
+        longest = max(config.context, _UNBOUNDED) if config.positions == "relative" else config.context
+        self.context = min(context or _LONGEST, longest)
+        self.vocab_size = config.vocab_size
+        # a text that is read as a whole is one batch
+        self.batch_tokens = CHUNK if config.shape == "decoder" else max(CHUNK, self.context)
+        writes = config.shape != "encoder"
+        self.pages = (pages or 4 * -(-self.context // BLOCK)) if writes else 0
+        reading = 0 if config.shape == "decoder" else -(-self.batch_tokens // BLOCK) + _TEXTS
+        self._free = list(range(self.pages, self.pages + (4 if writes else 1) * reading))
+        self._all_pages = self.pages + len(self._free)
         self._plan = make_plan(source, self.context)
         self.matrices = load_packed(source, self._plan.matrices, self.threads, keep=keep)
         self._engine = self._open(instruction_set)
-        self._memory: dict[int, np.ndarray] = {}
+        self._memory: dict[int, np.ndarray] = {}  # the pages of each text that was read and kept
         self._lengths: dict[int, int] = {}
+        self._handles = itertools.count()
 
     @classmethod
     def open(cls, source: Source, **options: object) -> NativeEngine:
@@ -87,8 +93,8 @@ class NativeEngine:
             len(plan.buffers),
             (ctypes.c_int64 * 2)(*(len(each) for each in plan.operations)),
             max(plan.slots, 1),
-            self.pages,
-            self.chunk,
+            self._all_pages,
+            self.batch_tokens,
             self.context,
             self.config.heads,
             self.config.kv_heads,
@@ -119,14 +125,85 @@ class NativeEngine:
         }
         if batch.memory is not None:
             handles = batch.memory.tolist()
-            pages = max(len(self._memory[handle]) for handle in handles)
-            table = np.zeros((len(handles), pages), np.int32)
-            for row, handle in enumerate(handles):
-                table[row, : len(self._memory[handle])] = self._memory[handle]
-            values["memory_tables"] = table
+            values["memory_tables"] = _table([self._memory[handle] for handle in handles])
             values["memory_lengths"] = np.array([self._lengths[handle] for handle in handles])
         self._run(WRITE, values, wanted, batch.prompt, out)
         return out
+
+    def hidden(
+        self, texts: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None = None
+    ) -> list[np.ndarray]:
+        """See `interface.Engine.hidden`."""
+        found: list[np.ndarray] = [np.empty(0, np.float32)] * len(texts)
+        for group in self._groups(texts):
+            handles, hidden = self._read(
+                [texts[index] for index in group], segments and [segments[index] for index in group]
+            )
+            self.forget(handles)
+            ends = np.cumsum([len(texts[index]) for index in group])[:-1]
+            for index, rows in zip(group, np.split(hidden, ends)):
+                found[index] = rows
+        return found
+
+    def remember(self, texts: Sequence[Sequence[int]]) -> list[int]:
+        """See `interface.Engine.remember`."""
+        handles = [0] * len(texts)
+        for group in self._groups(texts):
+            for index, handle in zip(group, self._read([texts[index] for index in group], None)[0]):
+                handles[index] = handle
+        return handles
+
+    def forget(self, handles: Sequence[int]) -> None:
+        """See `interface.Engine.forget`."""
+        for handle in handles:
+            self._free.extend(self._memory.pop(handle).tolist())
+            del self._lengths[handle]
+
+    def _groups(self, texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Which texts are read together: in order, as many as a batch holds."""
+        group: list[int] = []
+        tokens = 0
+        for index, text in enumerate(texts):
+            if not 0 < len(text) <= self.context:
+                raise DataError(f"A text has from 1 to {self.context:,} tokens, not {len(text):,}.")
+            if group and (tokens + len(text) > self.batch_tokens or len(group) == _TEXTS):
+                yield group
+                group, tokens = [], 0
+            group.append(index)
+            tokens += len(text)
+        if group:
+            yield group
+
+    def _read(
+        self, texts: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None
+    ) -> tuple[list[int], np.ndarray]:
+        """Read a batch of whole texts: a handle of each, and the hidden states of all, (tokens, width)."""
+        lengths = [len(text) for text in texts]
+        counts = [-(-length // BLOCK) for length in lengths]
+        if sum(counts) > len(self._free):
+            raise ModelError("There is no room for so many texts at once.", "Ask for fewer.")
+        handles = [next(self._handles) for _ in texts]
+        for handle, count, length in zip(handles, counts, lengths):
+            self._memory[handle] = np.array([self._free.pop() for _ in range(count)], np.int32)
+            self._lengths[handle] = length
+        table = _table([self._memory[handle] for handle in handles])
+        values = {
+            "ids": np.concatenate(texts),
+            "positions": np.concatenate([np.arange(length) for length in lengths]),
+            "row": np.repeat(np.arange(len(texts)), lengths),
+            "tables": table,
+            "lengths": np.array(lengths),
+            "memory_tables": table,
+            "memory_lengths": np.array(lengths),
+        }
+        if segments is not None:
+            values["segments"] = np.concatenate(segments)
+        self._run(READ, values, np.empty(0, np.int32), True, None)
+        hidden = np.empty((sum(lengths), self.config.width), np.float32)
+        library().lexmill_engine_read(
+            self._engine, self._plan.stream, len(hidden), self.config.width, hidden.ctypes.data
+        )
+        return handles, hidden
 
     def _run(
         self,
@@ -138,10 +215,10 @@ class NativeEngine:
     ) -> None:
         arrays = {name: _whole(value) for name, value in values.items()}
         count = arrays["ids"].size
-        if not 0 < count <= self.chunk:
-            raise DataError(f"A batch has from 1 to {self.chunk} tokens, not {count}.")
+        if not 0 < count <= self.batch_tokens:
+            raise DataError(f"A batch has from 1 to {self.batch_tokens} tokens, not {count}.")
         ids = arrays["ids"]
-        assert 0 <= ids.min() and ids.max() < self.vocab_size, "an id outside the vocabulary"
+        assert ids.min() >= 0 and ids.max() < self.vocab_size, "an id outside the vocabulary"
         assert arrays["positions"].max() < self.context, "a position outside the context"
         arrays["wanted_tokens"] = wanted
         struct = BatchStruct(
@@ -174,6 +251,14 @@ class NativeEngine:
     def __del__(self) -> None:
         if getattr(self, "_engine", 0):
             self.close()
+
+
+def _table(pages: Sequence[np.ndarray]) -> np.ndarray:
+    """The pages of each text side by side, (texts, most pages)."""
+    table = np.zeros((len(pages), max(map(len, pages))), np.int32)
+    for row, one in zip(table, pages):
+        row[: len(one)] = one
+    return table
 
 
 def _whole(array: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from lexmill.model.config import ModelConfig
 from lexmill.model.names import weight_shapes
 
 EMBED, NORM, LINEAR, STORE, ATTEND = range(5)
-ACTIVATIONS = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "tanh": 5}
+ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 OUT = -1  # in place of a buffer: what is given back
 READ, WRITE = 0, 1  # which list
 
@@ -34,7 +34,7 @@ class Operation:
     activation: int = 0
     gated: int = 0
     add: int = 0
-    wanted: int = 0  # 1: of the wanted tokens, 2: of those that such an operation has left
+    wanted: int = 0  # only of the wanted tokens
     slot: int = 0
     memory: int = 0
     queries: int = 0
@@ -58,7 +58,7 @@ class Plan:
         buffers: widths.
         operations: those of reading, those of writing.
         slots: how many layers keep keys and values.
-        hidden: the buffer with the last hidden states of each list, and whether a norm is still to come.
+        stream: the buffer in which reading leaves the last hidden states.
     """
 
     config: ModelConfig
@@ -67,6 +67,7 @@ class Plan:
     buffers: list[int] = field(default_factory=list)
     operations: tuple[list[Operation], list[Operation]] = field(default_factory=lambda: ([], []))
     slots: int = 0
+    stream: int = 0
 
     def add(self, which: int, kind: int, **values: object) -> None:
         self.operations[which].append(Operation(kind=kind, **values))  # type: ignore[arg-type]
@@ -101,11 +102,10 @@ class _Lowering:
         self.plan = Plan(self.config)
         config, plan = self.config, self.plan
         query, key = config.heads * config.head_width, config.kv_heads * config.head_width
-        self.x = plan.buffer(config.width)
+        self.x = plan.stream = plan.buffer(config.width)
         self.projected = plan.buffer(query + 2 * key)
         self.gathered = plan.buffer(query)
         self.inner = plan.buffer(config.mlp_width)
-        self.asked = plan.buffer(config.width)
         self.tables: dict[float, int] = {}
         if config.shape == "decoder":
             self._embed(WRITE)
@@ -125,24 +125,6 @@ class _Lowering:
         self._stack(READ, "encoder", config.layers)
         if not config.post_norm:
             self.plan.add(READ, NORM, to=self.x, **self._norm("encoder.norm"))
-        if config.mlm:
-            self.plan.operations[WRITE].extend(self.plan.operations[READ])
-            dense = self._linears("mlm.dense")
-            self.plan.add(
-                WRITE,
-                LINEAR,
-                source=self.x,
-                to=self.asked,
-                wanted=1,
-                activation=ACTIVATIONS[config.activation],
-                **dense,
-            )
-            self.plan.add(WRITE, NORM, to=self.asked, wanted=2, **self._norm("mlm.norm"))
-            head = self.plan.matrix("embed.weight" if config.tied else "head.weight")
-            bias = self.plan.vector(self.source.float32("mlm.bias"))
-            self.plan.add(
-                WRITE, LINEAR, source=self.asked, wanted=2, matrices=(head, -1, -1), biases=(bias, -1, -1)
-            )
 
     def _encoder_decoder(self) -> None:
         config, plan = self.config, self.plan
@@ -166,13 +148,11 @@ class _Lowering:
 
     def _embed(self, which: int) -> None:
         config = self.config
-        parts = ["embed.weight"]
         places = (
             self.plan.matrix("embed.weight"),
             self.plan.matrix("position_embed.weight") if config.positions == "learned" else -1,
             self.plan.matrix("segment_embed.weight") if config.segments else -1,
         )
-        assert parts
         self.plan.add(which, EMBED, to=self.x, matrices=places)
 
     def _head(self, which: int, norm: str, scale: float = 1.0) -> None:
