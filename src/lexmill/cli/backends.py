@@ -68,15 +68,11 @@ class _Elsewhere:
 def _of_gguf(path: Path) -> LanguageModel:
     from lexmill.formats.gguf import GGUFFile
     from lexmill.inference.language_model import LanguageModel
-    from lexmill.runtimes.gguf_kept import asked_in
-    from lexmill.runtimes.gguf_vocabulary import read_vocabulary
-    from lexmill.runtimes.import_shapes import config_from_gguf
-    from lexmill.runtimes.import_tokenizer import import_tokenizer
+    from lexmill.model.gguf_model import GGUFModel
 
     with GGUFFile.open(path) as file:
-        vocabulary = read_vocabulary(file)
-        config = config_from_gguf(file, vocabulary.rows)
-        return LanguageModel(_Elsewhere(config), import_tokenizer(vocabulary), path, asked_in(file))
+        model = GGUFModel(file)
+        return LanguageModel(_Elsewhere(model.config), model.tokenizer, path, model.lineage)
 
 
 def _llama_cpp_writer(source: Path | ModelDirectory) -> Writer:

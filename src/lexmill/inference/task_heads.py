@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lexmill.errors import DataError, ModelError
+from lexmill.inference.backend import Backend
 from lexmill.inference.judging import (
     Answer,
     AnswerSettings,
@@ -26,13 +26,16 @@ from lexmill.tokenizer.tokenizer import Tokenizer
 class TaskHeads:
     """Methods of models with a task's head."""
 
-    network: Any
     config: ModelConfig
     lineage: Mapping[str, Any]
 
     @property
     def tokenizer(self) -> Tokenizer:
-        raise NotImplementedError  # LanguageModel has it
+        raise NotImplementedError  # LanguageModel has these
+
+    @property
+    def backend(self) -> Backend:
+        raise NotImplementedError
 
     def classify(
         self, texts: str | Sequence[str], second: str | Sequence[str] | None = None, *, rows: int = 16
@@ -66,11 +69,9 @@ class TaskHeads:
 
     def label_logits(self, pairs: Sequence[tuple[str, str | None]], *, rows: int = 16) -> np.ndarray:
         """The logits of every label, not calibrated, float32: (len(pairs), labels)."""
-        from lexmill.inference.torch_backend import head_logits
-
         require_labels(self.config.labels)
         encoded = [cut(pair, self.config.context) for pair in encode_pairs(self.tokenizer, pairs)]
-        found = by_length(encoded, functools.partial(head_logits, self.network), rows)
+        found = by_length(encoded, self.backend.head_logits, rows)
         return np.stack(found) if found else np.zeros((0, len(self.config.labels)), np.float32)
 
     def answer(self, question: str, context: str) -> Answer:
@@ -84,13 +85,11 @@ class TaskHeads:
             ModelError: the model has no head that finds answers.
             DataError: an empty question or context.
         """
-        from lexmill.inference.torch_backend import head_logits
-
         if not self.config.span:
             raise ModelError(
                 "This model has no head that finds answers in a text.",
                 "Give an encoder one: lexmill finetune MODEL --task qa --data FILE --out DIR",
             )
         settings = AnswerSettings.of(self.lineage, self.config.context)
-        compute = functools.partial(head_logits, self.network)
+        compute = self.backend.head_logits
         return find_answers(self.tokenizer, questions, settings, compute, rows)

@@ -14,7 +14,7 @@ import numpy as np
 from lexmill.model.config import ModelConfig
 
 BLOCK = 32  # tokens whose keys and values a page holds
-CHUNK = 256  # tokens of a prompt that are computed at once, at most
+CHUNK = 256  # tokens that are computed at once, at most
 NO_PAGE = -1  # in `Batch.tables`, where a sequence has no page
 
 
@@ -54,12 +54,14 @@ class Engine(Protocol):
         pages: how many pages of keys and values it has.
         vocab_size: how many logits a token has.
         threads: how many compute.
+        context: the longest text; relative positions know no end, an engine may.
     """
 
     config: ModelConfig
     pages: int
     vocab_size: int
     threads: int
+    context: int
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Compute a batch: logits (W, vocab_size), float32. Writes keys and values into the rows' pages."""

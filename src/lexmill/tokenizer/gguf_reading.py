@@ -15,20 +15,21 @@ import numpy as np
 
 from lexmill.errors import FormatError, ModelError
 from lexmill.formats.charsmap import compile_charsmap
-from lexmill.runtimes.gguf_encoder_tokenizers import WHITESPACE
-from lexmill.runtimes.gguf_pre_tokenizers import as_json, pre_tokenizer
-from lexmill.runtimes.gguf_tokenizer import MASK, MASK_TAKES_SPACES
-from lexmill.runtimes.gguf_vocabulary import (
+from lexmill.tokenizer import special
+from lexmill.tokenizer.fast import panics_as_errors, parse
+from lexmill.tokenizer.gguf_pre_tokenizers import as_json, pre_tokenizer
+from lexmill.tokenizer.gguf_vocabulary import (
     BYTE,
     CONTROL,
+    MASK,
+    MASK_TAKES_SPACES,
     NORMAL,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    WHITESPACE,
     Vocabulary,
 )
-from lexmill.tokenizer import special
-from lexmill.tokenizer.fast import panics_as_errors, parse
 from lexmill.tokenizer.loading import EMPTY, added_token, merges_of
 from lexmill.tokenizer.special import SpecialIds
 from lexmill.tokenizer.tokenizer import Tokenizer
