@@ -18,7 +18,7 @@ from lexmill.inference.native.library import (
     PlanStruct,
     library,
 )
-from lexmill.inference.native.packed import BFLOAT16, FLOAT16, FLOAT32, load_packed
+from lexmill.inference.native.packed import FLOAT16, FLOAT32, load_packed
 from lexmill.inference.native.plan import READ, WRITE, Plan, make_plan
 from lexmill.inference.native.sources import Source
 
@@ -141,7 +141,7 @@ class NativeEngine:
         if not 0 < count <= self.chunk:
             raise DataError(f"A batch has from 1 to {self.chunk} tokens, not {count}.")
         ids = arrays["ids"]
-        assert 0 <= ids.min() and ids.max() < self.vocab_size, "an id outside the vocabulary"
+        assert ids.min() >= 0 and ids.max() < self.vocab_size, "an id outside the vocabulary"
         assert arrays["positions"].max() < self.context, "a position outside the context"
         arrays["wanted_tokens"] = wanted
         struct = BatchStruct(

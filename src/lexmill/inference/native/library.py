@@ -104,8 +104,8 @@ def instruction_set(at_most: str = INSTRUCTION_SETS[-1]) -> str:
 
 
 __all__ = [
-    "BatchStruct",
     "INSTRUCTION_SETS",
+    "BatchStruct",
     "MatrixStruct",
     "OperationStruct",
     "PlanStruct",

@@ -7,14 +7,11 @@ are rounded to 8 bits anew. The file `….packed` is made once and mapped from t
 
 from __future__ import annotations
 
-import ctypes
 import json
 import mmap
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
