@@ -107,7 +107,8 @@ class Scheduler:
     """Shares an engine among texts. Every public method may be called from any thread.
 
     Args:
-        drafter: makes what guesses ahead for each text; None: nothing does.
+        engine: nobody else uses its pages.
+        drafter: makes what guesses ahead for each text; None: nothing does. May be changed between texts.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Scheduler:
         self.engine, self.limits = engine, limits or Limits()
         self.store, self.pace = PageStore(engine.pages), Pace()
         self.context = min(engine.context, engine.pages * BLOCK)
-        self._drafter = drafter
+        self.drafter = drafter
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._busy = False  # somebody computes; only that thread touches what stands below
@@ -284,8 +285,8 @@ class Scheduler:
                 self._waiting.pop(0)
                 self._end(text, problem)
                 continue
-            if self._drafter is not None and text.speculation is None:
-                text.speculation = Speculation(self._drafter(), self.pace)
+            if self.drafter is not None and text.speculation is None:
+                text.speculation = Speculation(self.drafter(), self.pace)
             self._waiting.pop(0)
             bisect.insort(self._running, text, key=lambda one: one.number)
 
