@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -56,6 +57,7 @@ class NativeEngine:
         self._plan = make_plan(source, self.context)
         self.matrices = load_packed(source, self._plan.matrices, self.threads, keep=keep)
         self._engine = self._open(instruction_set)
+        self._finish = weakref.finalize(self, library().lexmill_engine_close, self._engine)
         self._memory: dict[int, np.ndarray] = {}  # the pages of each text that was read and kept
         self._lengths: dict[int, int] = {}
         self._handles = itertools.count()
@@ -244,13 +246,7 @@ class NativeEngine:
 
     def close(self) -> None:
         """See `interface.Engine.close`."""
-        if self._engine:
-            library().lexmill_engine_close(self._engine)
-            self._engine = 0
-
-    def __del__(self) -> None:
-        if getattr(self, "_engine", 0):
-            self.close()
+        self._finish()
 
 
 def _table(pages: Sequence[np.ndarray]) -> np.ndarray:
