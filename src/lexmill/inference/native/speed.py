@@ -61,8 +61,12 @@ def prompt_operations(config: ModelConfig, tokens: int) -> float:
     A multiplication and an addition are two. Logits are asked for once, so that the head hardly counts.
     """
     shapes = weight_shapes(config)
-    weights = sum(math.prod(shape) for name, shape in shapes.items() if ".blocks." in name and len(shape) == 2)
-    head = shapes["head.weight" if not config.tied else "embed.weight"] if config.shape == "decoder" else (0, 0)
+    weights = sum(
+        math.prod(shape) for name, shape in shapes.items() if ".blocks." in name and len(shape) == 2
+    )
+    head = (
+        shapes["head.weight" if not config.tied else "embed.weight"] if config.shape == "decoder" else (0, 0)
+    )
     seen = (tokens + 1) / 2 if config.shape == "decoder" else tokens
     attention = 2 * config.layers * config.heads * config.head_width * seen
     return 2 * (weights + math.prod(head) / tokens + attention)
