@@ -25,7 +25,7 @@ from inference_sides import LlamaCpp
 import lexmill
 from lexmill.devices import threads
 from lexmill.inference.native.engine import NativeEngine
-from lexmill.inference.native.interface import BLOCK, Batch
+from lexmill.inference.native.interface import BLOCK, CHUNK as STEP, Batch
 from lexmill.inference.native.speed import open_source
 
 CHUNK = 512
@@ -50,8 +50,8 @@ def of_engine(engine: NativeEngine, prompt: bool) -> Logits:
 
     def logits(ids: Sequence[int]) -> np.ndarray:
         found = []
-        for start in range(0, len(ids), engine.chunk):
-            part = np.array(ids[start : start + engine.chunk], np.int32)
+        for start in range(0, len(ids), STEP):
+            part = np.array(ids[start : start + STEP], np.int32)
             places = np.arange(start, start + part.size, dtype=np.int32)
             rows, wanted = np.zeros(part.size, np.int32), np.arange(part.size, dtype=np.int32)
             found.append(engine.forward(Batch(part, places, rows, tables, wanted, prompt)))

@@ -16,7 +16,7 @@ import numpy as np
 
 from lexmill.formats.gguf import GGUFFile
 from lexmill.inference.native.engine import NativeEngine
-from lexmill.inference.native.interface import BLOCK, Batch
+from lexmill.inference.native.interface import BLOCK, CHUNK, Batch
 from lexmill.inference.native.sources import DirectorySource, GGUFSource, Source
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
@@ -125,8 +125,8 @@ class Runs:
             self.engine.forget(self.engine.remember(texts))
             return
         for row, text in enumerate(texts):
-            for start in range(0, count, self.engine.chunk):
-                part = text[start : start + self.engine.chunk]
+            for start in range(0, count, CHUNK):
+                part = text[start : start + CHUNK]
                 last = [len(part) - 1] if start + len(part) == count else []
                 self._step(part, range(start, start + len(part)), [row] * len(part), last, prompt=True)
 
