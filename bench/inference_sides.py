@@ -34,7 +34,9 @@ class Native:
 
         held = {"instruction_set": instruction_set} if instruction_set else {}
         self.engine = NativeEngine.open(open_source(Path(model)), threads=threads, context=ROOM, **held)
-        self.version = f"lexmill {version('lexmill')} ({found(instruction_set) if instruction_set else found()})"
+        self.version = (
+            f"lexmill {version('lexmill')} ({found(instruction_set) if instruction_set else found()})"
+        )
         self.alone = Runs(self.engine)
         self.all = Runs(self.engine, sequences=SEQUENCES)
 
@@ -133,7 +135,7 @@ class LlamaCpp:
         self.random = np.random.default_rng(0)
         self.version = f"llama.cpp at {library}, flash attention {flash}"
 
-    def _decode(self, context: Any, rows: list[tuple[int, int, int, bool]]) -> None:
+    def decode(self, context: Any, rows: list[tuple[int, int, int, bool]]) -> None:
         """Rows: token, place, sequence, whether its logits are wanted."""
         batch = self.batch
         batch.n_tokens = len(rows)
@@ -155,25 +157,27 @@ class LlamaCpp:
 
     def read(self, count: int) -> None:
         ids = self._tokens(count)
-        self._decode(self.alone, [(token, i, 0, i == count - 1) for i, token in enumerate(ids)])
+        self.decode(self.alone, [(token, i, 0, i == count - 1) for i, token in enumerate(ids)])
         self.lib.llama_get_logits_ith(self.alone, count - 1)
 
     before_write = before_read
 
     def write(self, count: int) -> None:
         for step, token in enumerate(self._tokens(count)):
-            self._decode(self.alone, [(token, step, 0, True)])
+            self.decode(self.alone, [(token, step, 0, True)])
             self.lib.llama_get_logits_ith(self.alone, 0)
 
     def before_together(self, count: int) -> None:
         self._clear(self.all)
-        rows = [(t, i, s, i == BEHIND - 1) for s in range(SEQUENCES) for i, t in enumerate(self._tokens(BEHIND))]
-        self._decode(self.all, rows)
+        rows = [
+            (t, i, s, i == BEHIND - 1) for s in range(SEQUENCES) for i, t in enumerate(self._tokens(BEHIND))
+        ]
+        self.decode(self.all, rows)
 
     def together(self, count: int) -> None:
         for step in range(count):
             ids = self._tokens(SEQUENCES)
-            self._decode(self.all, [(token, BEHIND + step, s, True) for s, token in enumerate(ids)])
+            self.decode(self.all, [(token, BEHIND + step, s, True) for s, token in enumerate(ids)])
             self.lib.llama_get_logits_ith(self.all, 0)
 
     def embed(self, texts: list[list[int]]) -> np.ndarray:
@@ -182,7 +186,9 @@ class LlamaCpp:
         for text in [*texts, []]:
             if waiting and (not text or sum(map(len, waiting)) + len(text) > ROOM or len(waiting) == 64):
                 self._clear(self.all)
-                self._decode(self.all, [(t, i, s, True) for s, row in enumerate(waiting) for i, t in enumerate(row)])
+                self.decode(
+                    self.all, [(t, i, s, True) for s, row in enumerate(waiting) for i, t in enumerate(row)]
+                )
                 for sequence in range(len(waiting)):
                     vector = self.lib.llama_get_embeddings_seq(self.all, sequence)
                     found.append(np.ctypeslib.as_array(vector, (self.width,)).copy())
@@ -301,7 +307,9 @@ class OnnxGenai:
 
         self.genai = genai
         config = genai.Config(model)
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+        config.overlay(
+            json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}})
+        )
         self.model = genai.Model(config)
         self.random = np.random.default_rng(0)
         self.version = f"onnxruntime-genai {version('onnxruntime-genai')}"

@@ -36,8 +36,9 @@ namespace neon { extern const Kernels kernels; }
 namespace {
 
 // Linux gives a process the room of AMX's tiles when it asks (Documentation/arch/x86/xstate.rst).
+#if defined(LEXMILL_ENGINE_AMX)
 bool may_use_tiles() {
-#if defined(LEXMILL_ENGINE_AMX) && defined(__linux__)
+#if defined(__linux__)
     constexpr long kAskForPermission = 0x1023, kTileData = 18;
     unsigned a, b, c, d = 0;
     __get_cpuid_count(7, 0, &a, &b, &c, &d);
@@ -47,6 +48,7 @@ bool may_use_tiles() {
     return false;
 #endif
 }
+#endif
 
 // 0 portable, 1 AVX2 (or NEON's dot products), 2 AVX-512 VNNI, 3 with bfloat16, 4 with AMX.
 const Kernels& find_kernels(int at_most) {
@@ -231,7 +233,7 @@ class Engine {
             pages += count;
             t = end;
         }
-        if (!kernels_.attend_many || !batch_->prompt || shape_.exact_scores) return;
+        if (!tiled()) return;
         const size_t bytes = size_t(pages * shape_.kv_heads * 2 * padded(shape_.head_width) * kPage) * 2;
         if (!tiles_ || tiles_size_ < bytes) tiles_.reset(new Space(bytes)), tiles_size_ = bytes;
     }
@@ -386,13 +388,9 @@ class Engine {
         if (a.bias) a.reach = (sizes_[size_t(o.bias)] / shape_.heads - 1) / 2;
         float* scratch = threads_[size_t(number)].scratch->as<float>();
         const long heads = shape_.kv_heads;
-        if (!kernels_.attend_many || !batch_->prompt || shape_.exact_scores) {
-            return share(counters[0], batch_->tokens * heads, 1, [&](long item, long) {
-                kernels_.attend(a, item / heads, item % heads, scratch);
-            });
-        }
         const long page = 2 * padded(shape_.head_width) * kPage;  // numbers in the tiles of a page
-        uint16_t* tiles = tiles_->as<uint16_t>();
+        uint16_t* tiles = tiled() ? tiles_->as<uint16_t>() : nullptr;
+        if (tiles) {
         const int32_t* tables = o.memory ? batch_->memory_tables : batch_->tables;
         const long table = o.memory ? batch_->memory_pages : batch_->pages;
         share(counters[0], count_of([&](const Run& run) { return pages_seen(o, run) * heads; }), 4, [&](long first, long end) {
@@ -405,16 +403,21 @@ class Engine {
             }
         });
         pool_.meet();
+        }
         const long group = shape_.heads / heads;
-        auto pieces_of = [&](const Run& run) { return ((run.end - run.first) * group + 15) / 16; };
+        auto pieces_of = [&](const Run& run) { return ((run.end - run.first) * group + kTogether - 1) / kTogether; };
         share(counters[1], count_of([&](const Run& run) { return pieces_of(run) * heads; }), 1, [&](long item, long) {
             const Run& run = find(item, [&](const Run& run) { return pieces_of(run) * heads; });
             // the last queries of a text look at most keys: they come first
-            const long head = item % heads, piece = pieces_of(run) - 1 - item / heads;
-            kernels_.attend_many(a, run.first, run.end, head, 16 * piece,
-                                 tiles + (run.tiles * heads + head * run.pages) * page, scratch);
+            const long head = item % heads, begin = (pieces_of(run) - 1 - item / heads) * kTogether;
+            const long count = std::min(kTogether, (run.end - run.first) * group - begin);
+            kernels_.attend(a, run.first, count, head, begin,
+                            tiles ? tiles + (run.tiles * heads + head * run.pages) * page : nullptr, scratch);
         });
     }
+
+    // Whether attention is computed by products of matrices.
+    bool tiled() const { return kernels_.page_to_tiles && batch_->prompt && !shape_.exact_scores; }
 
     template <class Count>
     long count_of(Count count) const {

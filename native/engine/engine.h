@@ -16,6 +16,7 @@ constexpr long kLanes = 16;  // rows of a matrix that a vector holds
 constexpr long kStrip = 32;  // rows that one piece of work computes
 constexpr long kBlock = 32;  // columns that share a scale
 constexpr long kPage = 32;   // tokens whose keys and values lie together
+constexpr long kTogether = 16;  // queries that one piece of work computes
 
 enum WeightType : int64_t { kFloat32, kFloat16, kBfloat16, kEightBits, kFourBits };
 
@@ -124,11 +125,12 @@ struct Kernels {
     void (*activate)(int64_t activation, float* x, const float* times, long count);
     void (*row)(const Matrix& matrix, long row, float* out, bool add);  // a row in float32
     void (*store)(const Store& store, long token);
-    void (*attend)(const Attention& attention, long token, long kv_head, float* scratch);
-    // Prompts, sixteen queries of the tokens [first, end) of a sequence at a time; null where `attend` does it.
+    // Queries [begin, begin + count) of one sequence and one head of keys: number q is what its token first + q / group
+    // asks in the q % group th of the heads that share these keys. `tiles`: its pages from `page_to_tiles`, or null.
+    void (*attend)(const Attention& attention, long first, long count, long kv_head, long begin, const uint16_t* tiles,
+                   float* scratch);
+    // For prompts, where there is it: keys and values of a page as products of matrices read them.
     void (*page_to_tiles)(const Attention& attention, long page, long kv_head, uint16_t* out);
-    void (*attend_many)(const Attention& attention, long first, long end, long kv_head, long begin,
-                        const uint16_t* tiles, float* scratch);
 };
 
 }  // namespace lexmill::engine

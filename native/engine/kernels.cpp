@@ -457,31 +457,54 @@ INLINE Floats load_number(const uint16_t* p) { return load_halves(p); }
 INLINE float one_number(float x) { return x; }
 INLINE float one_number(uint16_t x) { return from_half(x); }
 
-// Scores of kQueries heads that share keys: (kQueries, keys from `first` rounded down to a page), scaled.
+// A query: what a token asks in one head, and the keys it may look at.
+struct Query {
+    const float* x;
+    float* out;
+    long head, position;
+    Reach reach;
+};
+
+INLINE Query query_of(const Attention& a, long first, long kv_head, long number) {
+    const long group = a.shape->heads / a.shape->kv_heads, width = a.shape->head_width;
+    const long token = first + number / group, head = kv_head * group + number % group;
+    return {a.queries + token * a.queries_width + head * width, a.out + token * a.out_width + head * width, head,
+            a.batch->positions[token], reach_of(a, token)};
+}
+
+// Scores of queries that share keys, kQueries rows of `stride`, from the key `begin` (a whole page) on.
 template <int kQueries, class Number>
-INLINE void scores(const Number* pages, const Attention& a, const Reach& reach, long kv_head, const float* queries,
-                   float* out, long stride) {
-    const long width = a.shape->head_width, begin = reach.first / kPage, last = (reach.end + kPage - 1) / kPage;
-    const float scale = float(a.operation->scale);
-    for (long p = begin; p < last; ++p) {
-        const Number* keys = pages + (reach.table[p] * a.shape->kv_heads + kv_head) * width * kPage;
-        for (long half = 0; half < 2; ++half) {
+INLINE void scores(const Attention& a, const Query* queries, long kv_head, long begin, long end, float* out,
+                   long stride) {
+    const long width = a.shape->head_width;
+    const Floats scale = all(float(a.operation->scale));
+    for (long p = begin / kPage; p * kPage < end; ++p) {
+        const Number* keys = static_cast<const Number*>(a.pages.keys) +
+                             (queries[0].reach.table[p] * a.shape->kv_heads + kv_head) * width * kPage;
+        for (long half = 0; half < kPage; half += kLanes) {
             Floats found[kQueries];
-            for (int g = 0; g < kQueries; ++g) found[g] = all(0.0f);
+            for (int q = 0; q < kQueries; ++q) found[q] = all(0.0f);
             for (long d = 0; d < width; ++d) {
-                Floats key = load_number(keys + d * kPage + half * kLanes);
-                for (int g = 0; g < kQueries; ++g) found[g] = fma(key, all(queries[g * width + d]), found[g]);
+                Floats key = load_number(keys + d * kPage + half);
+                for (int q = 0; q < kQueries; ++q) found[q] = fma(key, all(queries[q].x[d]), found[q]);
             }
-            for (int g = 0; g < kQueries; ++g)
-                save(out + g * stride + (p - begin) * kPage + half * kLanes, found[g] * all(scale));
+            for (int q = 0; q < kQueries; ++q) save(out + q * stride + p * kPage + half - begin, found[q] * scale);
         }
     }
 }
 
-// Scores to shares of one; those outside the reach become 0. Returns nothing: sums are divided out here.
-INLINE void shares(float* x, long before, long count, long padded) {
-    for (long i = 0; i < before; ++i) x[i] = -INFINITY;
-    for (long i = count; i < padded; ++i) x[i] = -INFINITY;
+// Scores of one query, from the key `begin` on, to shares of one; those outside its reach become 0.
+INLINE void shares(const Attention& a, const Query& query, long begin, float* x, long padded) {
+    const Reach& reach = query.reach;
+    if (a.bias) {
+        const float* middle = a.bias + query.head * (2 * a.reach + 1) + a.reach;
+        for (long key = reach.first; key < reach.end; ++key) {
+            long apart = key - query.position;
+            x[key - begin] += middle[apart < -a.reach ? -a.reach : apart > a.reach ? a.reach : apart];
+        }
+    }
+    for (long i = 0; i < reach.first - begin; ++i) x[i] = -INFINITY;
+    for (long i = reach.end - begin; i < padded; ++i) x[i] = -INFINITY;
     Floats most = all(-INFINITY);
     for (long i = 0; i < padded; i += kLanes) most = larger(most, load(x + i));
     const Floats top = all(peak(most));
@@ -495,70 +518,75 @@ INLINE void shares(float* x, long before, long count, long padded) {
     for (long i = 0; i < padded; i += kLanes) save(x + i, load(x + i) * inverse);
 }
 
-// Σ share × value for kQueries heads and sixteen coordinates at a time.
+// Σ share × value: sixteen coordinates at a time.
 template <int kQueries, class Number>
-INLINE void gather(const Number* pages, const Attention& a, const Reach& reach, long kv_head, const float* share,
-                   long stride, float* out) {
-    const long width = a.shape->head_width, begin = reach.first / kPage, whole = width / kLanes * kLanes;
-    auto value_of = [&](long key) INLINE_LAMBDA {
-        return pages + ((reach.table[key / kPage] * a.shape->kv_heads + kv_head) * kPage + key % kPage) * width;
+INLINE void gather(const Attention& a, const Query* queries, long kv_head, long begin, long end, const float* share,
+                   long stride) {
+    const long width = a.shape->head_width, whole = width / kLanes * kLanes;
+    auto page_of = [&](long p) INLINE_LAMBDA {
+        return static_cast<const Number*>(a.pages.values) +
+               (queries[0].reach.table[p] * a.shape->kv_heads + kv_head) * kPage * width;
     };
     for (long d = 0; d < whole; d += kLanes) {
         Floats found[kQueries];
-        for (int g = 0; g < kQueries; ++g) found[g] = all(0.0f);
-        for (long key = reach.first; key < reach.end; ++key) {
-            Floats value = load_number(value_of(key) + d);
-            for (int g = 0; g < kQueries; ++g)
-                found[g] = fma(value, all(share[g * stride + key - begin * kPage]), found[g]);
+        for (int q = 0; q < kQueries; ++q) found[q] = all(0.0f);
+        for (long p = begin / kPage; p * kPage < end; ++p) {
+            const Number* values = page_of(p) + d;
+            const float* of_page = share + p * kPage - begin;
+            const long keys = end - p * kPage < kPage ? end - p * kPage : kPage;
+            for (long key = 0; key < keys; ++key) {
+                Floats value = load_number(values + key * width);
+                for (int q = 0; q < kQueries; ++q) found[q] = fma(value, all(of_page[q * stride + key]), found[q]);
+            }
         }
-        for (int g = 0; g < kQueries; ++g) save(out + g * width + d, found[g]);
+        for (int q = 0; q < kQueries; ++q) save(queries[q].out + d, found[q]);
     }
     for (long d = whole; d < width; ++d)
-        for (int g = 0; g < kQueries; ++g) {
+        for (int q = 0; q < kQueries; ++q) {
             float found = 0;
-            for (long key = reach.first; key < reach.end; ++key)
-                found += one_number(value_of(key)[d]) * share[g * stride + key - begin * kPage];
-            out[g * width + d] = found;
+            for (long key = begin; key < end; ++key)
+                found += one_number(page_of(key / kPage)[key % kPage * width + d]) * share[q * stride + key - begin];
+            queries[q].out[d] = found;
         }
 }
 
 template <int kQueries, class Number>
-INLINE void attend_heads(const Attention& a, long token, long kv_head, long head, float* scratch) {
-    const Shape& shape = *a.shape;
-    const Reach reach = reach_of(a, token);
-    const long begin = reach.first / kPage * kPage, padded = (reach.end + kPage - 1) / kPage * kPage - begin;
-    const float* queries = a.queries + token * a.queries_width + head * shape.head_width;
-    scores<kQueries>(static_cast<const Number*>(a.pages.keys), a, reach, kv_head, queries, scratch, padded);
-    for (int g = 0; g < kQueries; ++g) {
-        float* x = scratch + g * padded;
-        if (a.bias) {
-            const float* middle = a.bias + (head + g) * (2 * a.reach + 1) + a.reach;
-            for (long key = reach.first; key < reach.end; ++key) {
-                long apart = key - a.batch->positions[token];
-                x[key - begin] += middle[apart < -a.reach ? -a.reach : apart > a.reach ? a.reach : apart];
-            }
-        }
-        shares(x, reach.first - begin, reach.end - begin, padded);
+INLINE void attend_some(const Attention& a, const Query* queries, long kv_head, float* scratch) {
+    long begin = queries[0].reach.first, end = 0;
+    for (int q = 0; q < kQueries; ++q) {
+        begin = queries[q].reach.first < begin ? queries[q].reach.first : begin;
+        end = queries[q].reach.end > end ? queries[q].reach.end : end;
     }
-    gather<kQueries>(static_cast<const Number*>(a.pages.values), a, reach, kv_head, scratch, padded,
-                     a.out + token * a.out_width + head * shape.head_width);
+    begin = begin / kPage * kPage;
+    const long padded = (end + kPage - 1) / kPage * kPage - begin;
+    scores<kQueries, Number>(a, queries, kv_head, begin, end, scratch, padded);
+    for (int q = 0; q < kQueries; ++q) shares(a, queries[q], begin, scratch + q * padded, padded);
+    gather<kQueries, Number>(a, queries, kv_head, begin, end, scratch, padded);
 }
 
 template <class Number>
-void attend_group(const Attention& a, long token, long kv_head, float* scratch) {
-    const long group = a.shape->heads / a.shape->kv_heads, first = kv_head * group;
-    long g = 0;
-    for (; g + 4 <= group; g += 4) attend_heads<4, Number>(a, token, kv_head, first + g, scratch);
-    switch (group - g) {
-        case 3: return attend_heads<3, Number>(a, token, kv_head, first + g, scratch);
-        case 2: return attend_heads<2, Number>(a, token, kv_head, first + g, scratch);
-        case 1: return attend_heads<1, Number>(a, token, kv_head, first + g, scratch);
-    }
+void attend_all(const Attention& a, long first, long count, long kv_head, long begin, float* scratch) {
+#if defined(__AVX512F__)
+    constexpr int kMany = 8;
+#else
+    constexpr int kMany = 4;
+#endif
+    Query queries[kTogether];
+    for (long q = 0; q < count; ++q) queries[q] = query_of(a, first, kv_head, begin + q);
+    long q = 0;
+    for (; q + kMany <= count; q += kMany) attend_some<kMany, Number>(a, queries + q, kv_head, scratch);
+    for (; q + 3 <= count; q += 3) attend_some<3, Number>(a, queries + q, kv_head, scratch);
+    for (; q < count; ++q) attend_some<1, Number>(a, queries + q, kv_head, scratch);
 }
 
-void attend(const Attention& a, long token, long kv_head, float* scratch) {
-    a.shape->exact_pages ? attend_group<float>(a, token, kv_head, scratch)
-                         : attend_group<uint16_t>(a, token, kv_head, scratch);
+void attend(const Attention& a, long first, long count, long kv_head, long begin, const uint16_t* tiles,
+            float* scratch) {
+#if defined(LEXMILL_AMX)
+    if (tiles) return attend_tiles(a, first, count, kv_head, begin, tiles, scratch);
+#endif
+    (void)tiles;
+    a.shape->exact_pages ? attend_all<float>(a, first, count, kv_head, begin, scratch)
+                         : attend_all<uint16_t>(a, first, count, kv_head, begin, scratch);
 }
 
 void begin() {
@@ -574,9 +602,9 @@ void begin() {
 extern const Kernels kernels;
 const Kernels kernels = {NAME(LEXMILL_ISA), form, begin, norm, prepare, strip, activate, row, store, attend,
 #if defined(LEXMILL_AMX)
-                         page_to_tiles, attend_many
+                         page_to_tiles
 #else
-                         nullptr, nullptr
+                         nullptr
 #endif
 };
 

@@ -162,13 +162,11 @@ INLINE float shares_to_tiles(float* x, const Reach& reach, long padded, float sc
     return total(sums);
 }
 
-// Sixteen queries, rows [begin, begin + 16) of the (token, head) pairs that share a head of keys, of the tokens
-// [first, end) of one sequence. `tiles`: its pages in order, from `page_to_tiles`.
-void attend_many(const Attention& a, long first, long end, long kv_head, long begin, const uint16_t* tiles,
-                 float* scratch) {
+// See `attend`. `tiles`: the pages of the sequence in order, from `page_to_tiles`.
+void attend_tiles(const Attention& a, long first, long rows, long kv_head, long begin, const uint16_t* tiles,
+                  float* scratch) {
     const Shape& shape = *a.shape;
     const long width = shape.head_width, padded = (width + 31) / 32 * 32, group = shape.heads / shape.kv_heads;
-    const long rows = (end - first) * group - begin < 16 ? (end - first) * group - begin : 16;
     const long page_size = 2 * padded * kPage;
     Reach reach[16];
     long last = 0;

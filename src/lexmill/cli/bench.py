@@ -17,7 +17,9 @@ ModelOrFile = Annotated[
 
 def bench(
     model: ModelOrFile,
-    prompt: Annotated[int, typer.Option("--prompt", min=0, help="Tokens of the prompt; 0 leaves it out.")] = 256,
+    prompt: Annotated[
+        int, typer.Option("--prompt", min=0, help="Tokens of the prompt; 0 leaves it out.")
+    ] = 256,
     generate: Annotated[
         int, typer.Option("--generate", min=0, help="Tokens that are written; 0 leaves it out.")
     ] = 64,
@@ -35,7 +37,13 @@ def bench(
     from lexmill.inference.native.interface import BLOCK
     from lexmill.inference.native.library import instruction_set
     from lexmill.inference.native.limits import measure_limits
-    from lexmill.inference.native.speed import measure_speed, open_source, prompt_operations, step_bytes, stored_type
+    from lexmill.inference.native.speed import (
+        measure_speed,
+        open_source,
+        prompt_operations,
+        step_bytes,
+        stored_type,
+    )
 
     path = model if model.is_file() else find_model(model)
     source = open_source(path)
@@ -67,7 +75,9 @@ def bench(
         "share_of_bfloat16_rate": None,
     }
     if speed.decode:
-        found["share_of_memory_rate"] = found["decode_tokens_per_second"] * size / limits.model_bytes_per_second
+        found["share_of_memory_rate"] = (
+            found["decode_tokens_per_second"] * size / limits.model_bytes_per_second
+        )
     if speed.prompt and config.shape != "encoder_decoder":
         rate = found["prompt_tokens_per_second"] * prompt_operations(config, prompt)
         for kind, limit in (("int8", limits.int8_per_second), ("bfloat16", limits.bfloat16_per_second)):
@@ -84,7 +94,9 @@ def _middle(rates: tuple[float, ...]) -> float | None:
 
 def _show(found: dict[str, Any]) -> None:
     limits = found["limits"]
-    typer.echo(f"{found['model']}: {found['weights']}, {found['step_bytes'] / 1e6:,.1f} MB of weights a token")
+    typer.echo(
+        f"{found['model']}: {found['weights']}, {found['step_bytes'] / 1e6:,.1f} MB of weights a token"
+    )
     typer.echo(f"{found['cpu']} ({found['instruction_set']}), {found['threads']} threads")
     for what, tokens in (("prompt", "prompt_tokens"), ("decode", "generated_tokens")):
         rates = found[f"{what}_runs"]

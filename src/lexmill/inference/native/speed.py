@@ -16,7 +16,7 @@ import numpy as np
 
 from lexmill.formats.gguf import GGUFFile
 from lexmill.inference.native.engine import NativeEngine
-from lexmill.inference.native.interface import BLOCK, Batch
+from lexmill.inference.native.interface import BLOCK, CHUNK, Batch
 from lexmill.inference.native.sources import DirectorySource, GGUFSource, Source
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
@@ -61,8 +61,12 @@ def prompt_operations(config: ModelConfig, tokens: int) -> float:
     A multiplication and an addition are two. Logits are asked for once, so that the head hardly counts.
     """
     shapes = weight_shapes(config)
-    weights = sum(math.prod(shape) for name, shape in shapes.items() if ".blocks." in name and len(shape) == 2)
-    head = shapes["head.weight" if not config.tied else "embed.weight"] if config.shape == "decoder" else (0, 0)
+    weights = sum(
+        math.prod(shape) for name, shape in shapes.items() if ".blocks." in name and len(shape) == 2
+    )
+    head = (
+        shapes["head.weight" if not config.tied else "embed.weight"] if config.shape == "decoder" else (0, 0)
+    )
     seen = (tokens + 1) / 2 if config.shape == "decoder" else tokens
     attention = 2 * config.layers * config.heads * config.head_width * seen
     return 2 * (weights + math.prod(head) / tokens + attention)
@@ -121,8 +125,8 @@ class Runs:
             self.engine.forget(self.engine.remember(texts))
             return
         for row, text in enumerate(texts):
-            for start in range(0, count, self.engine.chunk):
-                part = text[start : start + self.engine.chunk]
+            for start in range(0, count, CHUNK):
+                part = text[start : start + CHUNK]
                 last = [len(part) - 1] if start + len(part) == count else []
                 self._step(part, range(start, start + len(part)), [row] * len(part), last, prompt=True)
 
