@@ -182,3 +182,23 @@ def test_heads_of_tasks_are_the_same(tmp_path, made):
         else:
             assert native.label_logits(pairs) == pytest.approx(torch.label_logits(pairs), abs=1e-4)
             assert np.ptp(torch.label_logits(pairs)) > 1e-3
+
+
+def test_a_small_model_guesses_and_must_have_the_same_tokenizer(made, tmp_path):
+    import lexmill
+    from lexmill.errors import ConfigError
+    from lexmill.inference.native.library import available
+
+    if not available():
+        pytest.skip("the engine is not built here")
+    path = made("decoder").path
+    model, with_draft = lexmill.load(path, backend="native"), lexmill.load(path, draft=path)
+    assert with_draft.generate("She was", max_tokens=40) == model.generate("She was", max_tokens=40)
+    for one in (model, with_draft):
+        one.close()
+    with pytest.raises(ConfigError, match="guesses"):
+        lexmill.load(path, draft=path, backend="torch")
+    with pytest.raises(ConfigError, match="Decoders"):
+        lexmill.load(path, draft=made("t5").path).generate("She was")
+    with pytest.raises(ConfigError, match="does not run"):
+        lexmill.load(path, backend="native", quantise="q8_0")
