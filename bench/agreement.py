@@ -25,7 +25,8 @@ from inference_sides import LlamaCpp
 import lexmill
 from lexmill.devices import threads
 from lexmill.inference.native.engine import NativeEngine
-from lexmill.inference.native.interface import BLOCK, CHUNK as STEP, Batch
+from lexmill.inference.native.interface import BLOCK, Batch
+from lexmill.inference.native.interface import CHUNK as STEP
 from lexmill.inference.native.speed import open_source
 
 CHUNK = 512
