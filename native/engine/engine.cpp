@@ -36,8 +36,9 @@ namespace neon { extern const Kernels kernels; }
 namespace {
 
 // Linux gives a process the room of AMX's tiles when it asks (Documentation/arch/x86/xstate.rst).
+#if defined(LEXMILL_ENGINE_AMX)
 bool may_use_tiles() {
-#if defined(LEXMILL_ENGINE_AMX) && defined(__linux__)
+#if defined(__linux__)
     constexpr long kAskForPermission = 0x1023, kTileData = 18;
     unsigned a, b, c, d = 0;
     __get_cpuid_count(7, 0, &a, &b, &c, &d);
@@ -47,6 +48,7 @@ bool may_use_tiles() {
     return false;
 #endif
 }
+#endif
 
 // 0 portable, 1 AVX2 (or NEON's dot products), 2 AVX-512 VNNI, 3 with bfloat16, 4 with AMX.
 const Kernels& find_kernels(int at_most) {

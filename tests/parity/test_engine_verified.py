@@ -42,7 +42,10 @@ def test_model_directories_agree(own, tmp_path, dtype):
     assert all(check.passed for check in found), found
 
 
-@pytest.mark.parametrize("type", [pytest.param("f32", marks=pytest.mark.slow), "q8_0", pytest.param("q4_0", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "type",
+    [pytest.param("f32", marks=pytest.mark.slow), "q8_0", pytest.param("q4_0", marks=pytest.mark.slow)],
+)
 def test_files_agree(own, tmp_path, type):
     from lexmill.formats.gguf import GGUFFile
 

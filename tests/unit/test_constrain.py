@@ -61,7 +61,9 @@ def test_expressions_and_grammars_match_whole(models):
     for model in models:
         for seed in range(4):
             drawn = {"temperature": 2.0, "seed": seed, "max_tokens": 60}
-            assert re.fullmatch(r"[0-9]{2}:[a-f]+ä?", model.generate("It", regex=r"[0-9]{2}:[a-f]{1,9}ä?", **drawn))
+            assert re.fullmatch(
+                r"[0-9]{2}:[a-f]+ä?", model.generate("It", regex=r"[0-9]{2}:[a-f]{1,9}ä?", **drawn)
+            )
             text = model.generate("It", grammar=GBNF, **drawn)
             assert re.fullmatch(r"(yes, [a-z]{2,3}|no, [a-z]{2,3}!)", text)
             lark = 'start: "a" start "b" | "c"'

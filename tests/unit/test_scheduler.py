@@ -60,7 +60,7 @@ def opened(request, directories):
         if not available():
             pytest.skip("the engine is not built here")
         return lambda name, pages: NativeEngine.open(
-            DirectorySource(directories[name]), pages=pages, keep=False
+            DirectorySource(directories[name]), pages=pages, threads=1, keep=False
         )
     networks = {}
 

@@ -29,8 +29,6 @@ def engine_for(
     """
     if backend == "torch":
         return None
-    if model.config.shape != "decoder" and not problem:
-        problem = "an encoder"
     if problem:
         if backend == "native":
             raise ConfigError(f"The engine does not run a model with {problem}.", "Take --backend torch.")

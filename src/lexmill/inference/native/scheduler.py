@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lexmill.errors import ConfigError, ModelError
+from lexmill.errors import ConfigError, LexmillError, ModelError
 from lexmill.inference.generation import GenerationConfig, Step, Writing
 from lexmill.inference.native.interface import BLOCK, CHUNK, NO_PAGE, Batch, Engine
 from lexmill.inference.native.pages import OutOfPages, PageStore, Table
@@ -107,7 +107,8 @@ class Scheduler:
     """Shares an engine among texts. Every public method may be called from any thread.
 
     Args:
-        drafter: makes what guesses ahead for each text; None: nothing does.
+        engine: nobody else uses its pages.
+        drafter: makes what guesses ahead for each text; None: nothing does. May be changed between texts.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Scheduler:
         self.engine, self.limits = engine, limits or Limits()
         self.store, self.pace = PageStore(engine.pages), Pace()
         self.context = min(engine.context, engine.pages * BLOCK)
-        self._drafter = drafter
+        self.drafter = drafter
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._busy = False  # somebody computes; only that thread touches what stands below
@@ -268,18 +269,24 @@ class Scheduler:
             if text.source is None:
                 text.done = text.table.begin_with(ids[: text.writing.given])
             missing = text.table.missing(text.done, len(ids) + 1)
+            problem: LexmillError | None = None
             if missing + len(self._running) > self.store.available:
+                problem = _no_room()
+            elif text.source is not None and text.memory is None:
+                try:
+                    text.memory = self.engine.remember([text.source])[0]
+                except LexmillError as error:  # no room for what it reads, or a text that does not fit at all
+                    problem = error
+            if problem is not None:
                 text.table.free()
                 text.done = 0
-                if not self._running:
-                    self._waiting.pop(0)
-                    self._end(text, _no_room())
-                    continue
-                return
-            if text.source is not None and text.memory is None:
-                text.memory = self.engine.remember([text.source])[0]
-            if self._drafter is not None and text.speculation is None:
-                text.speculation = Speculation(self._drafter(), self.pace)
+                if self._running:
+                    return  # others end some time
+                self._waiting.pop(0)
+                self._end(text, problem)
+                continue
+            if self.drafter is not None and text.speculation is None:
+                text.speculation = Speculation(self.drafter(), self.pace)
             self._waiting.pop(0)
             bisect.insort(self._running, text, key=lambda one: one.number)
 
