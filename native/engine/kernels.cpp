@@ -137,12 +137,13 @@ INLINE void bytes_panel(const Matrix& m, long panel, const Inputs& in, long firs
 
 // ---- products of real numbers
 
-template <int kTokens, class Column>
-INLINE void floats_strip(long columns, Column column, const Inputs& in, long first, float* out) {
+template <int kTokens, class Column, class Ahead>
+INLINE void floats_strip(long columns, Column column, Ahead ahead, const Inputs& in, long first, float* out) {
     Floats totals[kTokens][2];
     for (int t = 0; t < kTokens; ++t) totals[t][0] = totals[t][1] = all(0.0f);
     const float* x = in.floats + first * in.columns;
     for (long c = 0; c < columns; ++c) {
+        if (kTokens == 1) ahead(c);
         Floats weights[2] = {column(0, c), column(1, c)};
         for (int t = 0; t < kTokens; ++t) {
             Floats one = all(x[t * in.columns + c]);
@@ -157,24 +158,31 @@ INLINE void floats_strip(long columns, Column column, const Inputs& in, long fir
 template <int kTokens>
 INLINE void floats_of(const Matrix& m, long strip, const Inputs& in, long first, float* out) {
     const long columns = in.columns, panel = columns * kLanes;
+    const uint8_t* values = m.values + 2 * strip * panel * (m.type == kFloat32 ? 4 : 2);
+    auto ahead = [=](long c) INLINE_LAMBDA {  // a line of the caches of each panel
+        const long line = m.type == kFloat32 ? c * 64 : c % 2 ? -1 : c * 32;
+        if (line < 0) return;
+        prefetch(values + line, 64), prefetch(values + panel * (m.type == kFloat32 ? 4 : 2) + line, 64);
+    };
     if (m.type == kFloat32) {
-        const float* w = reinterpret_cast<const float*>(m.values) + 2 * strip * panel;
-        floats_strip<kTokens>(columns, [=](int p, long c) INLINE_LAMBDA { return load(w + p * panel + c * kLanes); },
-                              in, first, out);
-    } else if (m.type == kFloat16) {
-        const uint16_t* w = reinterpret_cast<const uint16_t*>(m.values) + 2 * strip * panel;
+        const float* w = reinterpret_cast<const float*>(values);
         floats_strip<kTokens>(
-            columns, [=](int p, long c) INLINE_LAMBDA { return load_halves(w + p * panel + c * kLanes); }, in, first,
+            columns, [=](int p, long c) INLINE_LAMBDA { return load(w + p * panel + c * kLanes); }, ahead, in, first,
             out);
+    } else if (m.type == kFloat16) {
+        const uint16_t* w = reinterpret_cast<const uint16_t*>(values);
+        floats_strip<kTokens>(
+            columns, [=](int p, long c) INLINE_LAMBDA { return load_halves(w + p * panel + c * kLanes); }, ahead, in,
+            first, out);
     } else {  // bfloat16, two columns in a word
-        const uint16_t* w = reinterpret_cast<const uint16_t*>(m.values) + 2 * strip * panel;
+        const uint16_t* w = reinterpret_cast<const uint16_t*>(values);
         floats_strip<kTokens>(
             columns,
             [=](int p, long c) INLINE_LAMBDA {
                 Ints both = load_ints(w + p * panel + (c & ~1l) * kLanes);
                 return as_floats(c & 1 ? both & all(int32_t(0xffff0000)) : both << 16);
             },
-            in, first, out);
+            ahead, in, first, out);
     }
 }
 
