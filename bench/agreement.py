@@ -23,7 +23,6 @@ import numpy as np
 from inference_sides import LlamaCpp
 
 import lexmill
-from lexmill.devices import threads
 from lexmill.inference.native.engine import NativeEngine
 from lexmill.inference.native.interface import BLOCK, Batch
 from lexmill.inference.native.interface import CHUNK as STEP
@@ -91,7 +90,7 @@ def score(file: str, data: Path, chunks: int, library: str) -> dict[str, Score]:
     engine = NativeEngine.open(
         open_source(Path(file)), threads=threads(), context=CHUNK, pages=CHUNK // BLOCK
     )
-    peer = LlamaCpp(file, threads(), library)
+    peer = LlamaCpp(file, 1, library)
     sides = {
         "lexmill, prompt": of_engine(engine, True),
         "llama.cpp, prompt": of_llama_cpp(peer, True),
