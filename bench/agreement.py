@@ -87,9 +87,7 @@ def divergences(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
 def score(file: str, data: Path, chunks: int, library: str) -> dict[str, Score]:
     model = lexmill.load(file, backend="torch")
-    engine = NativeEngine.open(
-        open_source(Path(file)), threads=threads(), context=CHUNK, pages=CHUNK // BLOCK
-    )
+    engine = NativeEngine.open(open_source(Path(file)), threads=1, context=CHUNK, pages=CHUNK // BLOCK)
     peer = LlamaCpp(file, 1, library)
     sides = {
         "lexmill, prompt": of_engine(engine, True),
