@@ -129,7 +129,7 @@ def finetune(
         ModelError: a model that does not fit the task.
         ConfigError: an adapter of modules that the model does not have.
     """
-    processes = Processes.join(config.device)
+    processes = Processes.join(config.device, deterministic=config.deterministic)
     if not processes.first:
         progress = SILENT
     lesson = lesson or make_lesson(config, base, data, validation)
@@ -197,7 +197,7 @@ def finetune(
 
 def _is_spread(config: FinetuneConfig, processes: Processes) -> bool:
     """Whether no process has the whole model, so that nothing can be fitted with it."""
-    return processes.world > 1 and config.sharding == "shard"
+    return processes.group and config.sharding == "shard"
 
 
 def _build(
