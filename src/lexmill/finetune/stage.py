@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lexmill.data.labelled import Row
+from lexmill.devices import process_count
 from lexmill.errors import DataError
 from lexmill.files import write_json
 from lexmill.finetune.answer import answer_lesson
@@ -23,6 +24,7 @@ from lexmill.finetune.prefer import prefer_lesson
 from lexmill.finetune.rows import TaskData
 from lexmill.finetune.summarise import summarise_lesson
 from lexmill.finetune.translate import translate_lesson
+from lexmill.model.adapted import keep_in_bfloat16
 from lexmill.model.adapter import Adapter
 from lexmill.model.adapter_files import AdapterDirectory, write_adapter
 from lexmill.model.build import build_model
@@ -37,7 +39,8 @@ from lexmill.train.batches import Loader, fixed_batches
 from lexmill.train.loop import Hooks, TrainResult, train
 from lexmill.train.metrics import write_samples
 from lexmill.train.objective import measure
-from lexmill.train.processes import Processes
+from lexmill.train.precision import choose_precision
+from lexmill.train.processes import Processes, find_device
 
 __all__ = ["FinetuneConfig", "finetune", "make_lesson", "task_data"]
 
@@ -136,7 +139,7 @@ def finetune(
     base = lesson.base or base
     form = task_data(config, data).form
     progress.say(f"  {lesson.told}" + (f", rows of the form '{form}'" if form else ""))
-    model, adapter = _build(config, base, progress)
+    model, adapter = learning_model(config, base, progress)
     if lesson.begin:
         lesson.begin(model.to(processes.device), config.micro_rows or config.rows, progress)
     rows = {
@@ -200,8 +203,8 @@ def _is_spread(config: FinetuneConfig, processes: Processes) -> bool:
     return processes.group and config.sharding == "shard"
 
 
-def _build(
-    config: FinetuneConfig, base: ModelDirectory, progress: Progress
+def learning_model(
+    config: FinetuneConfig, base: ModelDirectory, progress: Progress = SILENT
 ) -> tuple[Transformer, Adapter | None]:
     """The model as it learns: all of it, or frozen with an adapter in it."""
     lora = config.lora
@@ -219,6 +222,10 @@ def _build(
         return model, None
     adapter = begin_adapter(model, lora, config.seed)
     add_adapter(model, adapter)
+    place = find_device(config.device).type
+    shared = process_count() > 1 and config.sharding == "shard"  # FSDP wants one format for all of a block
+    if place == "cpu" and not shared and choose_precision(config.precision, place) == "bfloat16":
+        keep_in_bfloat16(model)
     kept = f", the base in {lora.quantise}" if lora.quantise else ""
     progress.say(
         f"  an adapter of {adapter.parameters:,} weights for {base.config.parameters:,} "
