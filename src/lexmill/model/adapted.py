@@ -26,6 +26,8 @@ class LoraLinear(nn.Module):
         b: (outputs, rank).
     """
 
+    base: Any  # a module with a weight and a bias
+
     def __init__(
         self, base: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float, dropout: float
     ) -> None:
@@ -47,12 +49,12 @@ class LoraLinear(nn.Module):
     def weight(self) -> Tensor:
         """(outputs, inputs): the merged weight, for who multiplies with it himself, as the loss does with a head's."""
         if self.off:
-            return self.base.weight  # type: ignore[return-value]
-        return self.base.weight + self.scale * (self.lora_b @ self.lora_a)  # type: ignore[operator]
+            return self.base.weight
+        return self.base.weight + self.scale * (self.lora_b @ self.lora_a)
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
+        return self.base.bias
 
 
 def adapted(x: Tensor, *outputs: Sequence[nn.Module]) -> tuple[Tensor, ...] | None:
@@ -65,7 +67,7 @@ def adapted(x: Tensor, *outputs: Sequence[nn.Module]) -> tuple[Tensor, ...] | No
     Returns:
         Tensors (…, outputs of all its layers), bfloat16.
     """
-    layers = [layer for output in outputs for layer in output if _is_plain(layer)]
+    layers: list[Any] = [layer for output in outputs for layer in output if _is_plain(layer)]
     if len(layers) < sum(map(len, outputs)) or not _learns_in_bfloat16(x):
         return None
     weights = [layer.base.weight for layer in layers]
