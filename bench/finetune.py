@@ -2,6 +2,7 @@
 
     python bench/finetune.py MODEL                  # a directory of Hugging Face whose weights are float32
     python bench/finetune.py MODEL --only lexmill --bases q8_0 q4_1 --pairs 3
+    OMP_NUM_THREADS=1 python bench/finetune.py MODEL --cpu-time     # on a machine with other work
     python bench/finetune.py MODEL --profile        # where the time of lexmill's steps goes
 
 Conversations of which about half is replies, 4 rows of 256 tokens a step, rank 8 on all linear layers, AdamW. Each
@@ -29,12 +30,17 @@ _WARM = 2  # steps of a side before it is timed
 
 
 def conversations() -> list[list[dict[str, str]]]:
-    """A novel, cut so that somebody says one half of a page and is answered with the other."""
+    """A novel, cut so that somebody says some lines and is answered with the next ones."""
     words = (ROOT / "corpora/austen/Persuasion.txt").read_text("utf-8").split()
-    parts = [" ".join(words[start : start + 75]) for start in range(0, 40_000, 75)]
+    cuts = [
+        (start, start + 45, start + 150) for start in range(0, 40_000, 150)
+    ]  # half of a row, template included
     return [
-        [{"role": "user", "content": one}, {"role": "assistant", "content": other}]
-        for one, other in zip(parts[::2], parts[1::2])
+        [
+            {"role": "user", "content": " ".join(words[start:middle])},
+            {"role": "assistant", "content": " ".join(words[middle:end])},
+        ]
+        for start, middle, end in cuts
     ]
 
 
@@ -126,8 +132,9 @@ def make_side(name: str, folder: Path) -> Callable[[Any], float]:
     return our_side(folder, variant) if kind == "lexmill" else peer_side(folder, variant)
 
 
-def child(name: str, folder: Path) -> None:
+def child(name: str, folder: Path, cpu_time: bool) -> None:
     """One side in its own process: a step for each line on standard input."""
+    clock = time.process_time if cpu_time else time.perf_counter
     from lexmill.cli.options import begin_computing
 
     if name.startswith("lexmill"):
@@ -141,17 +148,18 @@ def child(name: str, folder: Path) -> None:
     print("{}", flush=True)
     for _ in sys.stdin:
         batch = next(source)
-        started = time.perf_counter()
+        started = clock()
         loss = step(batch)
-        told = {"seconds": time.perf_counter() - started, "peak": peak_memory(), "loss": loss}
+        told = {"seconds": clock() - started, "peak": peak_memory(), "loss": loss}
         print(json.dumps({**told, "targets": batch.counts["tokens"]}), flush=True)
 
 
 class Side:
     """A child process that waits until it is asked for a step."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, cpu_time: bool) -> None:
         command = [sys.executable, __file__, str(folder), "--child", name]
+        command += ["--cpu-time"] if cpu_time else []
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
         )
@@ -204,22 +212,28 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("--pairs", type=int, default=7, help="steps of each side")
-    parser.add_argument("--only", default="", help="sides whose names hold this")
+    parser.add_argument("--only", nargs="*", default=[""], help="sides whose names hold one of these")
     parser.add_argument("--bases", nargs="*", default=[], help="more sides: lora.quantise")
+    parser.add_argument("--cpu-time", action="store_true", help="for one thread on a busy machine")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
-        child(asked.child, asked.model)
+        child(asked.child, asked.model, asked.cpu_time)
         return
     if asked.profile:
         profile(asked.model)
         return
-    names = ["lexmill", *(f"lexmill {base}" for base in asked.bases), "peft float32", "peft bfloat16"]
-    sides = [Side(name, asked.model) for name in names if asked.only in name]
-    for _ in range(asked.pairs):
+    names = ["lexmill", *(f"lexmill {base}" for base in asked.bases), "peft bfloat16", "peft float32"]
+    # one after another: a peer that loads would disturb the steps that warm another one up
+    sides = [
+        Side(name, asked.model, asked.cpu_time) for name in names if any(word in name for word in asked.only)
+    ]
+    for pair in range(1, asked.pairs + 1):
         for side in sides:
             side.step()
+        taken = ", ".join(f"{side.name} {side.seconds[-1]:.2f} s" for side in sides)
+        print(f"{pair} of {asked.pairs}: {taken}", file=sys.stderr)
     targets = statistics.mean(step["targets"] for step in sides[0].steps) / (ROWS * LENGTH)
     print(f"{ROWS} rows of {LENGTH} tokens a step, {100 * targets:.0f} % of them targets; rank {RANK}")
     for side in sides:

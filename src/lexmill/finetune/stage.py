@@ -191,16 +191,25 @@ def finetune(
         **lesson.facts,
     }
     fitted: dict[str, Any] = {}
-    if lesson.after and not _is_spread(config, processes):
-        fitted = lesson.after(model)
+    if lesson.after:
+        whole = model
+        if processes.group and config.sharding == "shard":
+            whole = _in_one_piece(model, adapter, base).to(processes.device)
+        fitted = lesson.after(whole)
         if tune and lesson.held_out:
-            fitted = tune(config.task, model, base.tokenizer, fitted, lesson.held_out)
+            fitted = tune(config.task, whole, base.tokenizer, fitted, lesson.held_out)
     return _finished(model, adapter, base, out, processes, history, fitted, result), result
 
 
-def _is_spread(config: FinetuneConfig, processes: Processes) -> bool:
-    """Whether no process has the whole model, so that nothing can be fitted with it."""
-    return processes.group and config.sharding == "shard"
+def _in_one_piece(model: Transformer, adapter: Adapter | None, base: ModelDirectory) -> Transformer:
+    """A copy of a model that is spread over processes; all of them call this."""
+    copy = build_model(base.config)
+    if adapter is None:
+        copy.load_weights(model.weights())
+    else:
+        copy.load_weights(base.weights_on_demand())
+        add_adapter(copy, read_adapter(model, adapter))
+    return copy.eval()
 
 
 def learning_model(
