@@ -104,9 +104,9 @@ class Evaluator:
 def quantise_all(directory, mix, matrix, encode):
     """Every matrix of a model by lexmill's names after `encode` and back, bytes by name, and seconds."""
     from lexmill.formats.blocks import decode
+    from lexmill.model.gguf_shapes import held_weights, stays_f32, weight_from_gguf, weight_in_gguf
     from lexmill.model.names import weight_shapes
     from lexmill.runtimes.gguf_mixes import choose_types
-    from lexmill.runtimes.gguf_shapes import held_weights, stays_f32, weight_from_gguf, weight_in_gguf
 
     shapes = weight_shapes(directory.config)
     names = [name for name in held_weights(directory.config) if not stays_f32(name, shapes[name.own])]

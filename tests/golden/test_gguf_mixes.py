@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from lexmill.model.config import ModelConfig
+from lexmill.model.gguf_shapes import held_weights, stays_f32
 from lexmill.model.names import weight_shapes
 from lexmill.runtimes.gguf_mixes import MIXES, choose_types
-from lexmill.runtimes.gguf_shapes import held_weights, stays_f32
 
 RECORDED = json.loads(Path(__file__).with_name("recorded").joinpath("gguf-mixes.json").read_text("utf-8"))
 

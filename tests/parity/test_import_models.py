@@ -18,7 +18,7 @@ from lexmill.inference.language_model import load
 from lexmill.model.build import build_model
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
-from lexmill.runtimes.gguf_shapes import held_tensors
+from lexmill.model.gguf_shapes import held_tensors
 from lexmill.runtimes.huggingface import export_huggingface
 from lexmill.runtimes.import_model import import_model
 from lexmill.runtimes.llama_cpp import LlamaCpp, export_gguf

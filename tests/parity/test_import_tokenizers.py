@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from lexmill.model.directory import ModelDirectory
-from lexmill.runtimes.gguf_pre_tokenizers import PRE_TOKENIZERS
 from lexmill.runtimes.import_model import import_model
 from lexmill.runtimes.llama_cpp import LlamaCpp, export_gguf
+from lexmill.tokenizer.gguf_pre_tokenizers import PRE_TOKENIZERS
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")

@@ -19,10 +19,10 @@ from lexmill.inference.language_model import load
 from lexmill.model.build import build_model
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
 from lexmill.model.directory import write_model_directory
+from lexmill.model.gguf_shapes import permute_rope, unpermute_rope
 from lexmill.recipe.report_checks import verification
 from lexmill.runtimes import verify_checks
 from lexmill.runtimes.diagnosis import diagnose_file
-from lexmill.runtimes.gguf_shapes import permute_rope, unpermute_rope
 from lexmill.runtimes.gguf_tokenizer import tokenizer_metadata
 from lexmill.runtimes.llama_cpp import export_gguf
 from lexmill.runtimes.verify import verify

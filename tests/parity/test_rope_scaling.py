@@ -13,10 +13,10 @@ from lexmill.errors import ConfigError, ModelError
 from lexmill.formats.gguf import GGUFFile, TensorToWrite, Value, write_gguf
 from lexmill.inference.language_model import load
 from lexmill.inference.sampling import log_softmax
+from lexmill.model import gguf_rope
 from lexmill.model.config import FAMILIES, ModelConfig
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.rope_scaling import RopeScaling
-from lexmill.runtimes import gguf_rope
 from lexmill.runtimes.import_model import import_model
 from lexmill.runtimes.llama_cpp import LlamaCpp, export_gguf
 from lexmill.runtimes.verify import verify

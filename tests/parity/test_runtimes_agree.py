@@ -11,11 +11,11 @@ from conftest import with_bos
 from lexmill.errors import FileError
 from lexmill.formats.gguf import GGUFFile
 from lexmill.inference.language_model import load
+from lexmill.model import gguf_shapes
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
 from lexmill.model.names import weight_names, weight_shapes
 from lexmill.runtimes import (
-    gguf_shapes,
     gguf_tokenizer,
     llama_cpp,
     verify_checks,

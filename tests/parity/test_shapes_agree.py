@@ -17,8 +17,8 @@ from lexmill.inference.language_model import load
 from lexmill.inference.sampling import log_softmax
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS
 from lexmill.model.directory import ModelDirectory, write_model_directory
+from lexmill.model.gguf_shapes import architecture, held_weights
 from lexmill.runtimes import llama_cpp
-from lexmill.runtimes.gguf_shapes import architecture, held_weights
 from lexmill.runtimes.huggingface import export_huggingface
 from lexmill.runtimes.llama_cpp import FILE_TYPES, export_gguf
 from lexmill.runtimes.verify import verify

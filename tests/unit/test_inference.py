@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import lexmill
 from lexmill.errors import ConfigError, DataError, FileError, FormatError, LexmillError, ModelError
 from lexmill.inference.generation import _StopStrings
-from lexmill.inference.sampling import SamplingConfig, choose, distribution, log_softmax, penalise_repetition
+from lexmill.inference.sampling import SamplingConfig, choose, distribution, log_softmax, penalise
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +51,30 @@ def test_a_distribution_is_one(logits, temperature, top_k, top_p, min_p):
 def test_draws_follow_the_distribution():
     logits = np.log(np.array([0.6, 0.3, 0.1]))
     random = np.random.default_rng(0)
-    draws = [choose(logits, [], SamplingConfig(temperature=1), random) for _ in range(4000)]
+    draws = [choose(logits, [], SamplingConfig(temperature=1), random).token for _ in range(4000)]
     assert np.bincount(draws) / 4000 == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
 
 
-def test_repetition_penalty_works_on_both_signs():
-    assert list(penalise_repetition(np.array([2.0, -2.0, 1.0]), [0, 1], 2.0)) == [1.0, -4.0, 1.0]
+def test_penalties_know_what_was_said_and_what_was_written():
+    logits, seen = np.array([2.0, -2.0, 1.0, 0.5], np.float32), [0, 1, 3, 3]
+
+    def after(**options):
+        return penalise(logits, seen, 2, SamplingConfig(**options)).tolist()
+
+    assert after(repetition_penalty=2.0) == [1.0, -4.0, 1.0, 0.25]
+    assert after(presence_penalty=1.0) == [2.0, -2.0, 1.0, -0.5]
+    assert after(frequency_penalty=1.0) == [2.0, -2.0, 1.0, -1.5]
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"repetition_penalty": 0}]
+    "wrong",
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"frequency_penalty": float("nan")},
+    ],
 )
 def test_impossible_options_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

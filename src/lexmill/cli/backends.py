@@ -1,4 +1,4 @@
-"""A model for `evaluate --task`, wherever it runs: in torch, in llama.cpp or in transformers.
+"""A model for `evaluate --task`, wherever it runs: in lexmill's engine, in torch, in llama.cpp or in transformers.
 
 Prompts are made here in all cases, with the model's own tokenizer and in the words of its training; the other
 runtimes get ids and give ids.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lexmill.inference.language_model import LanguageModel
     from lexmill.model.directory import ModelDirectory
 
-BACKENDS = ("auto", "torch", "llama_cpp", "transformers")
+BACKENDS = ("auto", "native", "torch", "llama_cpp", "transformers")
 Writer = Callable[[Any, Sequence[Sequence[int]], dict[str, Any], Callable[[int], None]], list[list[int]]]
 
 
@@ -27,26 +27,29 @@ def open_for_scoring(path: Path, backend: str = "auto") -> tuple[LanguageModel, 
 
     Args:
         path: a model directory, a run directory, an adapter, or a GGUF file.
-        backend: auto is llama_cpp for a GGUF file, else torch.
+        backend: auto is lexmill's engine where it is built and holds the model; else llama_cpp for a GGUF
+            file, torch for everything else.
 
     Raises:
         ConfigError: there is no such backend, or it does not take such a model.
         FileError, FormatError, ModelError: the model is incomplete, damaged or not supported.
     """
     from lexmill.inference.language_model import LanguageModel, find_model, load
+    from lexmill.inference.native.library import available
     from lexmill.model.directory import ModelDirectory
 
     if backend not in BACKENDS:
         raise ConfigError(f"There is no backend '{backend}'.", suggest(backend, BACKENDS))
-    if path.suffix.lower() == ".gguf" and path.is_file():
-        if backend not in ("auto", "llama_cpp"):
-            raise ConfigError(
-                f"{path} is a GGUF file, which runs in llama.cpp.",
-                f"Leave --backend out, or first: lexmill import {path} --out MODEL",
-            )
+    gguf = path.suffix.lower() == ".gguf" and path.is_file()
+    if gguf and backend == "transformers":
+        raise ConfigError(
+            f"{path} is a GGUF file, which does not run in transformers.",
+            f"Leave --backend out, or first: lexmill import {path} --out MODEL",
+        )
+    if gguf and (backend == "llama_cpp" or (backend == "auto" and not available())):
         return _of_gguf(path), _llama_cpp_writer(path)
-    if backend in ("auto", "torch"):
-        return load(path), None
+    if backend in ("auto", "native", "torch"):
+        return load(path, backend=backend), None
     directory = ModelDirectory.open(find_model(path))
     model = LanguageModel(_Elsewhere(directory.config), directory.tokenizer, path, directory.lineage)
     return model, _llama_cpp_writer(directory) if backend == "llama_cpp" else _transformers_writer(directory)
@@ -68,15 +71,11 @@ class _Elsewhere:
 def _of_gguf(path: Path) -> LanguageModel:
     from lexmill.formats.gguf import GGUFFile
     from lexmill.inference.language_model import LanguageModel
-    from lexmill.runtimes.gguf_kept import asked_in
-    from lexmill.runtimes.gguf_vocabulary import read_vocabulary
-    from lexmill.runtimes.import_shapes import config_from_gguf
-    from lexmill.runtimes.import_tokenizer import import_tokenizer
+    from lexmill.model.gguf_model import GGUFModel
 
     with GGUFFile.open(path) as file:
-        vocabulary = read_vocabulary(file)
-        config = config_from_gguf(file, vocabulary.rows)
-        return LanguageModel(_Elsewhere(config), import_tokenizer(vocabulary), path, asked_in(file))
+        model = GGUFModel(file)
+        return LanguageModel(_Elsewhere(model.config), model.tokenizer, path, model.lineage)
 
 
 def _llama_cpp_writer(source: Path | ModelDirectory) -> Writer:

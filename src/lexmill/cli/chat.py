@@ -9,15 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from lexmill.cli.options import (
+    AnyModel,
+    Backend,
+    Grammar,
+    JsonSchema,
     MaxTokens,
     MinP,
-    Model,
     Penalty,
+    Regex,
     Seed,
     Temperature,
     TopK,
     TopP,
     begin_computing,
+    read_form,
 )
 
 _HELP = """\
@@ -30,7 +35,7 @@ Ctrl-C stops a reply, and clears a line that is being typed."""
 
 
 def chat(
-    model: Model,
+    model: AnyModel,
     system: Annotated[str, typer.Option("--system", help="A system message to begin with.")] = "",
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
@@ -39,6 +44,10 @@ def chat(
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    grammar: Grammar = None,
+    backend: Backend = "auto",
 ) -> None:
     """Talk to a model. In a pipe, each line of standard input is one message."""
     begin_computing()
@@ -53,8 +62,9 @@ def chat(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        **read_form(json_schema, regex, grammar),
     )
-    loaded = load(model)
+    loaded = load(model, backend=backend)
     if not loaded.tokenizer.chat_template:
         raise ModelError(
             f"{model}: this model has no chat template.",

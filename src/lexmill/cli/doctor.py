@@ -11,6 +11,7 @@ from lexmill.cli.options import Json, begin_computing, print_json
 _NEEDED = ("torch", "numpy", "tokenizers", "pyarrow")
 _OPTIONAL = {
     "transformers": ("compares answers with Hugging Face", 'pip install "lexmill[runtimes]"'),
+    "llguidance": ("holds texts to a JSON schema or a grammar", 'pip install "lexmill[constrain]"'),
     "xllamacpp": ("compares answers with llama.cpp", 'pip install "lexmill[runtimes]"'),
 }
 
@@ -34,6 +35,7 @@ def doctor(
         typer.echo(f"{name:<12} {rate:,.1f} GFLOP/s in a matrix product")
     if found["matmul_gflops"]:
         typer.echo(f"training     computes in {found['precision']}")
+    typer.echo(f"engine       {found['engine']}")
     if found["kernels"]:
         typer.echo(f"kernels      {found['kernels']}")
     typer.echo(f"GPU          {found['gpu']}")
@@ -42,6 +44,19 @@ def doctor(
     for name, (use, command) in _OPTIONAL.items():
         if found["packages"][name] == "not installed":
             typer.echo(f"missing: {name}, which {use}. Install it with: {command}")
+
+
+def _engine() -> str:
+    """The inference engine's instruction set, or why there is none and what is lost without it."""
+    from lexmill.errors import ModelError
+    from lexmill.inference.native.library import instruction_set
+
+    try:
+        return instruction_set()
+    except ModelError as error:
+        return (
+            f"none: {error} Without it models run in torch: slower, a slower start, no batches of many texts."
+        )
 
 
 def _examine(fast: bool) -> dict[str, Any]:
@@ -75,6 +90,7 @@ def _examine(fast: bool) -> dict[str, Any]:
         precision = choose_precision()
         gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none that torch can use"
     return {
+        "engine": _engine(),
         "machine": vars(machine),
         "cpu_class": machine.cpu_class,
         "threads": threads(),

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from lexmill.cli.options import Json, Model, begin_computing, console, print_json
+from lexmill.cli.options import AnyModel, Backend, Json, begin_computing, console, print_json
 
 
 def embed(
-    model: Model,
+    model: AnyModel,
     texts: Annotated[list[str], typer.Argument(help="One text or more.")],
     pooling: Annotated[
         str | None,
@@ -25,6 +25,7 @@ def embed(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the vectors as a NumPy file (.npy).")
     ] = None,
+    backend: Backend = "auto",
     json: Json = False,
 ) -> None:
     """A vector for each text; without --json or --out, how alike the texts are (cosines)."""
@@ -34,7 +35,7 @@ def embed(
     from lexmill.files import atomic_write
     from lexmill.inference.language_model import load
 
-    opened = load(model)
+    opened = load(model, backend=backend)
     pooling = pooling or opened.pooling
     vectors = opened.embed(texts, pooling=pooling, normalise=normalise)
     if out is not None:

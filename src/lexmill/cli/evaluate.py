@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from lexmill.cli.options import (
+    AnyModel,
     Form,
     Json,
-    Model,
     Quiet,
     Set,
     begin_computing,
@@ -21,7 +21,7 @@ from lexmill.cli.options import (
 
 
 def evaluate(
-    model: Model,
+    model: AnyModel,
     documents: Annotated[
         Path | None, typer.Argument(help="The folder that 'lexmill prepare' wrote.", show_default=False)
     ] = None,
@@ -41,7 +41,8 @@ def evaluate(
     backend: Annotated[
         str,
         typer.Option(
-            "--backend", help="auto, torch, llama_cpp, transformers: who writes, in a task that does."
+            "--backend",
+            help="auto, native (lexmill's own engine), torch; in a task that writes, llama_cpp and transformers too.",
         ),
     ] = "auto",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows at most.")] = None,
@@ -70,7 +71,7 @@ def evaluate(
             "lexmill evaluate MODEL --task chat --data rows.jsonl",
         )
     if documents is not None:
-        _on_documents(model, documents, base, json, quiet)
+        _on_documents(model, documents, base, backend, json, quiet)
         return
     from lexmill.cli.backends import open_for_scoring
     from lexmill.config import apply_overrides, from_mapping
@@ -119,16 +120,18 @@ def _show_confusion(labels: list[str], matrix: list[list[int]]) -> None:
     console().print(table)
 
 
-def _on_documents(model: Path, documents: Path, base: Path | None, json: bool, quiet: bool) -> None:
+def _on_documents(
+    model: Path, documents: Path, base: Path | None, backend: str, json: bool, quiet: bool
+) -> None:
     from lexmill.evaluate.stage import EvaluateConfig
     from lexmill.evaluate.stage import evaluate as run_evaluate
     from lexmill.inference.language_model import load
 
     scores = run_evaluate(
         EvaluateConfig(),
-        load(model),
+        load(model, backend=backend),
         documents,
-        base=load(base) if base else None,
+        base=load(base, backend=backend) if base else None,
         progress=make_progress(quiet or json),
     )
     if json:

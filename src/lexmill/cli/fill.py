@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from lexmill.cli.options import Json, Model, begin_computing, console, print_json
+from lexmill.cli.options import AnyModel, Backend, Json, begin_computing, console, print_json
 
 
 def fill(
-    model: Model,
+    model: AnyModel,
     text: Annotated[
         str,
         typer.Argument(help="A text with a gap: [MASK] for an encoder, <extra_id_0> for an encoder–decoder."),
@@ -19,6 +19,7 @@ def fill(
     beams: Annotated[
         int, typer.Option("--beams", help="Encoder–decoder: texts that the search keeps.", min=1)
     ] = 8,
+    backend: Backend = "auto",
     json: Json = False,
 ) -> None:
     """The likeliest words for a gap in a text, with their probabilities.
@@ -28,7 +29,7 @@ def fill(
     begin_computing()
     from lexmill.inference.language_model import load
 
-    loaded = load(model)
+    loaded = load(model, backend=backend)
     if loaded.config.shape == "encoder_decoder":
         found = loaded.fill_spans(text, beams=beams, top=top)
     else:

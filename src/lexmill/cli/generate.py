@@ -8,12 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from lexmill.cli.options import (
+    AnyModel,
+    Backend,
+    Frequency,
+    Grammar,
     Json,
+    JsonSchema,
     MaxTokens,
     MinP,
-    Model,
     Penalty,
+    Presence,
     Quiet,
+    Regex,
     Seed,
     Stop,
     Temperature,
@@ -21,11 +27,12 @@ from lexmill.cli.options import (
     TopP,
     begin_computing,
     print_json,
+    read_form,
 )
 
 
 def generate(
-    model: Model,
+    model: AnyModel,
     prompt: Annotated[str, typer.Argument(help="The text to continue; '-' reads standard input.")],
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
@@ -33,11 +40,17 @@ def generate(
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.0,
+    presence_penalty: Presence = 0.0,
+    frequency_penalty: Frequency = 0.0,
     seed: Seed = None,
     stop: Stop = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    grammar: Grammar = None,
     logprobs: Annotated[
         int, typer.Option("--logprobs", help="Show each token's probability and its N best rivals.", min=0)
     ] = 0,
+    backend: Backend = "auto",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -54,10 +67,13 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         seed=seed,
+        **read_form(json_schema, regex, grammar),
     )
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = load(model)
+    loaded = load(model, backend=backend)
     steps = loaded.stream(text, config)
     if json:
         taken = list(steps)

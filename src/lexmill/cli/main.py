@@ -11,6 +11,7 @@ import typer
 
 from lexmill.cli import (
     answer,
+    bench,
     chat,
     classify,
     data,
@@ -80,6 +81,7 @@ app.command("fill")(_guarded(fill.fill))
 app.command("next-sentence")(_guarded(next_sentence.next_sentence))
 app.command("classify")(_guarded(classify.classify))
 app.command("answer")(_guarded(answer.answer))
+app.command("bench")(_guarded(bench.bench))
 app.command("translate")(_guarded(write.translate))
 app.command("summarise")(_guarded(write.summarise))
 app.command("embed")(_guarded(embed.embed))

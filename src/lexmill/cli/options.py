@@ -29,6 +29,12 @@ PlanProcesses = Annotated[
     ),
 ]
 Model = Annotated[Path, typer.Argument(help="A model directory or a run directory.", metavar="MODEL")]
+AnyModel = Annotated[
+    Path, typer.Argument(help="A model directory, a run directory or a GGUF file.", metavar="MODEL")
+]
+Backend = Annotated[
+    str, typer.Option("--backend", help="Who computes: native, lexmill's own engine; torch; or auto.")
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may repeat.")
 ]
@@ -47,6 +53,26 @@ MinP = Annotated[
     float, typer.Option("--min-p", help="Drop what is less than min-p times as likely as the best.")
 ]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 makes repetition less likely.")]
+Presence = Annotated[
+    float, typer.Option("--presence-penalty", help="Above 0 makes what was written less likely.")
+]
+Frequency = Annotated[
+    float, typer.Option("--frequency-penalty", help="The same, for each time that it was written.")
+]
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option("--json-schema", help="Write JSON of the schema in this file.", show_default=False),
+]
+Regex = Annotated[
+    str | None,
+    typer.Option("--regex", help="Write a text that this expression matches whole.", show_default=False),
+]
+Grammar = Annotated[
+    Path | None,
+    typer.Option(
+        "--grammar", help="Write a text of the grammar (Lark or GBNF) in this file.", show_default=False
+    ),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed draws the same text.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may repeat.")]
 
@@ -74,6 +100,22 @@ def make_progress(quiet: bool = False) -> Progress:
 def print_json(value: Any) -> None:
     """Print a value as JSON, for scripts."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def read_form(json_schema: Path | None, regex: str | None, grammar: Path | None) -> dict[str, Any]:
+    """What the last three options of sampling ask for, for `generation_config`.
+
+    Raises:
+        FileError: a file is missing.
+        DataError: it is not UTF-8.
+    """
+    from lexmill.data.decoding import read_text
+
+    found: dict[str, Any] = {} if regex is None else {"regex": regex}
+    for name, path in (("json_schema", json_schema), ("grammar", grammar)):
+        if path is not None:
+            found[name] = read_text(path)
+    return found
 
 
 def begin_computing() -> None:

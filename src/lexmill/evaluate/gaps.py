@@ -11,7 +11,8 @@ from typing import Any
 from lexmill.config import from_mapping
 from lexmill.data.documents import read_documents
 from lexmill.errors import ConfigError, DataError
-from lexmill.inference.language_model import Filling, LanguageModel
+from lexmill.inference.filling import Filling
+from lexmill.inference.language_model import LanguageModel
 from lexmill.pretrain.lessons import tokenize_documents
 from lexmill.pretrain.masked import MaskingConfig, masked_examples, masked_loss
 from lexmill.pretrain.sentences import tokenize_sentences

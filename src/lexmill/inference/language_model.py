@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,13 +14,17 @@ import numpy as np
 
 from lexmill.config import suggest
 from lexmill.errors import ConfigError, DataError, FileError, ModelError
+from lexmill.formats.gguf import GGUFFile
+from lexmill.inference.backend import Backend, check_backend
 from lexmill.inference.beams import Hypothesis, beam_search
-from lexmill.inference.generation import GenerationConfig, Step, generate
-from lexmill.inference.sampling import SamplingConfig, log_softmax
+from lexmill.inference.filling import Filler
+from lexmill.inference.generation import GenerationConfig, Step, generation_config
+from lexmill.inference.native.opening import engine_for
 from lexmill.inference.task_heads import TaskHeads
-from lexmill.model.adapter_files import AdapterDirectory, is_adapter
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
+from lexmill.model.gguf_config import pooling_of
+from lexmill.model.gguf_model import GGUFModel
 from lexmill.model.sentence_files import read_pooling
 from lexmill.tokenizer.tokenizer import Tokenizer
 
@@ -26,38 +32,64 @@ if TYPE_CHECKING:
     from lexmill.inference.explain import AttentionMap
 
 
-@dataclass(frozen=True)
-class Filling:
-    """What may stand in a gap: the token, its text, its probability, and the whole text with it."""
-
-    token: int
-    text: str
-    probability: float
-    sentence: str
-
-
-class LanguageModel(TaskHeads):
+class LanguageModel(TaskHeads, Filler):
     """A Transformer of any shape with its tokenizer.
 
     Attributes:
-        network: the Transformer itself.
         config: its shape.
-        path: the model directory, None for a model that is still in training.
+        path: the model directory or the GGUF file, None for a model that is still in training.
         lineage: what `lexmill.json` says of its making.
+
+    Args:
+        network: the Transformer in torch, or a function that makes it when something first asks for it.
+        tokenizer: its own, or a function that reads it.
+        backend: who computes, or a function that starts it at the first question; torch where not given.
+        config: needed where `network` is a function.
     """
 
     def __init__(
         self,
         network: Any,
-        tokenizer: Tokenizer | None,
+        tokenizer: Tokenizer | Callable[[], Tokenizer] | None,
         path: Path | None = None,
         lineage: Mapping[str, Any] | None = None,
+        *,
+        backend: Callable[[], Backend] | None = None,
+        config: ModelConfig | None = None,
     ) -> None:
-        self.network = network
+        self._network, self._backend, self._lock = network, backend, threading.Lock()
+        self._opened: Backend | None = None
         self._tokenizer = tokenizer
-        self.config: ModelConfig = network.config
+        self.config: ModelConfig = network.config if config is None else config
         self.path = path
         self.lineage = dict(lineage or {})
+
+    @functools.cached_property
+    def network(self) -> Any:
+        """The Transformer itself, in torch; a model that runs in the engine is read once more for it."""
+        return self._network() if inspect.isfunction(self._network) else self._network
+
+    @property
+    def backend(self) -> Backend:
+        """Who computes; started when it is first asked for."""
+        with self._lock:
+            if self._opened is None and self._backend is not None:
+                self._opened = self._backend()
+            elif self._opened is None:
+                from lexmill.inference.torch_backend import TorchBackend
+
+                self._opened = TorchBackend(self.network)
+            return self._opened
+
+    def _start(self) -> None:
+        """Let an engine start while something else is read; what goes wrong is said to who asks for it."""
+        if self._opened is None and self._backend is not None:
+
+            def start() -> None:
+                with contextlib.suppress(Exception):
+                    assert self.backend
+
+            threading.Thread(target=start, daemon=True).start()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -68,7 +100,14 @@ class LanguageModel(TaskHeads):
         """
         if self._tokenizer is None:
             self._tokenizer = Tokenizer.load(self.path or Path("."))
+        elif not isinstance(self._tokenizer, Tokenizer):
+            self._tokenizer = self._tokenizer()
         return self._tokenizer
+
+    def close(self) -> None:
+        """Free an engine; a model in torch goes with its last reference."""
+        if self._opened is not None:
+            self._opened.close()
 
     def logits(self, ids: Sequence[int], decoder_ids: Sequence[int] | None = None) -> np.ndarray:
         """Logits at each position, float32: (len(ids), vocab_size).
@@ -80,13 +119,11 @@ class LanguageModel(TaskHeads):
             DataError: no ids, or one outside the vocabulary.
             ModelError: more ids than the context holds, or a model without such a head.
         """
-        from lexmill.inference.torch_backend import all_logits
-
         if (decoder_ids is not None) != (self.config.shape == "encoder_decoder"):
             raise ModelError(
                 "An encoder–decoder needs 'decoder_ids', what it has written so far."
                 if decoder_ids is None
-                else f"'decoder_ids' fit an encoder–decoder only; this model is {self._kind}."
+                else f"'decoder_ids' fit an encoder–decoder only; this model is {self.kind}."
             )
         if self.config.shape == "encoder" and not self.config.mlm:
             raise ModelError(
@@ -94,99 +131,17 @@ class LanguageModel(TaskHeads):
                 "'embed' and 'attention' work on it.",
             )
         checked = None if decoder_ids is None else self._checked(decoder_ids)
-        return all_logits(self.network, self._checked(ids), checked)
-
-    def fill_mask(self, text: str, top: int = 5) -> list[Filling]:
-        """The likeliest tokens for the one mask in `text`, best first (encoders with the MLM head).
-
-        Raises:
-            ModelError: a model of another shape, or a tokenizer without a mask token.
-            DataError: no mask in the text, or several.
-        """
-        self._require("encoder", "fill-mask")
-        mask = self.tokenizer.require_mask()
-        mask_text = self.tokenizer.token_text(mask)
-        ids = self.tokenizer.encode(text)
-        places = [place for place, token in enumerate(ids) if token == mask]
-        if len(places) != 1:
-            raise DataError(
-                f"The text has {len(places)} masks, but exactly one is filled at a time.",
-                f"Put {mask_text} where the word is missing, once.",
-            )
-        row = log_softmax(self.logits(ids)[places[0]])
-        best = np.argsort(-row, kind="stable")[: max(top, 1)]
-        found = []
-        for token in (int(index) for index in best):
-            known = token < self.tokenizer.vocab_size
-            word = self.tokenizer.decode([token]).strip() if known else ""
-            shown = word.removeprefix("##")
-            found.append(Filling(token, word, float(np.exp(row[token])), text.replace(mask_text, shown, 1)))
-        return found
-
-    def fill_spans(self, text: str, beams: int = 8, top: int = 5, max_tokens: int = 48) -> list[Filling]:
-        """The likeliest texts for the gaps in `text`, marked by sentinels, best first (encoder–decoders).
-
-        Gaps are marked by the sentinels in order: `<extra_id_0>`, then `<extra_id_1>` and so on. An answer
-        ends where the model ends it, or begins a gap that the text does not have. The probability is that
-        of the answer, summed over all beams that say the same.
-
-        Raises:
-            ModelError: a model of another shape, or a tokenizer without sentinels.
-            DataError: no gap in the text.
-        """
-        self._require("encoder_decoder", "filling gaps of several words")
-        sentinels = self.tokenizer.require_sentinels()
-        ids = self.tokenizer.encode(text)
-        gaps = [token for token in ids if token in sentinels]
-        if not gaps:
-            raise DataError(
-                "The text has no gap to fill.",
-                f"Put {self.tokenizer.token_text(sentinels[0])} where the words are missing.",
-            )
-        beyond = [token for token in sentinels if token not in gaps]
-        found: dict[str, Filling] = {}
-        for one in self.beam_ids(ids, beams=max(beams, 2 * top), max_tokens=max_tokens, stop=beyond):
-            pieces: dict[int, list[int]] = {}
-            current: int | None = None
-            for token in one.ids:
-                if token in sentinels:
-                    current = token
-                elif current is not None:
-                    pieces.setdefault(current, []).append(token)
-            filled, shown = text, []
-            for gap in gaps:
-                words = self.tokenizer.decode(pieces.get(gap, []), skip_special=True).strip()
-                filled = filled.replace(self.tokenizer.token_text(gap), words, 1)
-                shown.append(words)
-            said = " … ".join(shown)
-            before = found[said].probability if said in found else 0.0
-            found[said] = Filling(gaps[0], said, before + float(np.exp(one.logprob)), filled)
-        return sorted(found.values(), key=lambda one: -one.probability)[:top]
-
-    def next_sentence(self, first: str, second: str) -> float:
-        """The probability that `second` follows `first` (encoders with a next-sentence head).
-
-        Raises:
-            ModelError: a model without such a head.
-            DataError: one of the texts is empty.
-        """
-        from lexmill.inference.torch_backend import pair_logits
-
-        if not self.config.nsp:
-            raise ModelError(
-                f"This model has no next-sentence head; it is {self._kind}.",
-                "An encoder that was pretrained with next_sentence = true has one.",
-            )
-        for name, text in (("first", first), ("second", second)):
-            if not text.strip():
-                raise DataError(f"The {name} sentence is empty.")
-        ids, segments = self.tokenizer.encode_pair(first, second)
-        return float(np.exp(log_softmax(pair_logits(self.network, self._checked(ids), segments)))[0])
+        return self.backend.all_logits(self._checked(ids), checked)
 
     @functools.cached_property
     def pooling(self) -> str:
         """How an encoder was made to pool, by its sentence-transformers files; "mean" where nothing is said."""
-        return (read_pooling(self.path) if self.path else None) or "mean"
+        if self.path is None:
+            return "mean"
+        if self.path.is_file():
+            with GGUFFile.open(self.path) as file:
+                return pooling_of(file)
+        return read_pooling(self.path) or "mean"
 
     def embed(
         self,
@@ -213,8 +168,6 @@ class LanguageModel(TaskHeads):
         pooling = pooling or self.pooling
         if pooling not in POOLING:
             raise ConfigError(f"There is no pooling '{pooling}'.", suggest(pooling, POOLING))
-        from lexmill.inference.torch_backend import hidden_rows
-
         single = isinstance(texts, str)
         batch: list[str] = [texts] if isinstance(texts, str) else list(texts)
         encoded = self._encode_all(batch)
@@ -226,7 +179,7 @@ class LanguageModel(TaskHeads):
         order = sorted(range(len(batch)), key=lambda index: len(encoded[index]))  # like lengths together
         for start in range(0, len(order), rows):
             members = order[start : start + rows]
-            for index, hidden in zip(members, hidden_rows(self.network, [encoded[i] for i in members])):
+            for index, hidden in zip(members, self.backend.hidden_rows([encoded[i] for i in members])):
                 vectors[index] = POOLING[pooling](hidden)
         if normalise:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
@@ -268,14 +221,12 @@ class LanguageModel(TaskHeads):
 
     def stream_ids(self, ids: Sequence[int], config: GenerationConfig | None = None) -> Iterator[Step]:
         """Generate behind `ids` a step at a time; an empty prompt begins a new document."""
-        from lexmill.inference.torch_backend import TorchSession
-
         config = config or GenerationConfig()
         if self.config.shape == "encoder":
             self._require("decoder", "generation")
         if self.config.shape == "encoder_decoder":
-            session = TorchSession(self.network, self._checked(ids))
-            yield from generate(session, self.tokenizer, [self.config.decoder_start], config)
+            start, read = [self.config.decoder_start], self._checked(ids)
+            yield from self.backend.write(self.tokenizer, start, config, read)
             return
         if not len(ids):
             if self.tokenizer.ids.bos is None:
@@ -286,10 +237,11 @@ class LanguageModel(TaskHeads):
                 f"The prompt has {len(ids):,} tokens, but the model's context is {self.config.context:,}.",
                 "Shorten the prompt.",
             )
-        yield from generate(TorchSession(self.network), self.tokenizer, self._checked(ids), config)
+        yield from self.backend.write(self.tokenizer, self._checked(ids), config)
 
     def stream(self, prompt: str, config: GenerationConfig | None = None) -> Iterator[Step]:
         """Generate behind a text, a step at a time."""
+        self._start()
         return self.stream_ids(self.tokenizer.encode(prompt), config)
 
     def generate(self, prompt: str, **options: Any) -> str:
@@ -297,7 +249,8 @@ class LanguageModel(TaskHeads):
 
         Args:
             options: `max_tokens`, `stop` (texts), `temperature`, `top_k`, `top_p`, `min_p`,
-                `repetition_penalty`, `seed`; see `GenerationConfig` and `SamplingConfig`. Or `beams`,
+                `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `seed`, and one of
+                `json_schema`, `regex` and `grammar`; see `GenerationConfig` and `SamplingConfig`. Or `beams`,
                 with `max_tokens` and `length_penalty`; see `beam_ids`.
         """
         if "beams" in options:
@@ -319,19 +272,18 @@ class LanguageModel(TaskHeads):
         Args:
             stop: ids that end a text beside the tokenizer's own.
         """
-        from lexmill.inference.torch_backend import TorchSession
-
         if self.config.shape == "encoder":
             self._require("decoder", "generation")
         ids, two = self._checked(ids), self.config.shape == "encoder_decoder"
-        return beam_search(
-            TorchSession(self.network, ids if two else ()),
-            [self.config.decoder_start] if two else ids,
-            [*self.tokenizer.ids.stop, *stop],
-            beams=beams,
-            max_tokens=max_tokens,
-            length_penalty=length_penalty,
-        )
+        with self.backend.rows([ids] if two else None) as session:
+            return beam_search(
+                session,
+                [self.config.decoder_start] if two else ids,
+                [*self.tokenizer.ids.stop, *stop],
+                beams=beams,
+                max_tokens=max_tokens,
+                length_penalty=length_penalty,
+            )
 
     def generate_ids(self, ids: Sequence[int], **options: Any) -> list[int]:
         """The ids that follow `ids`, greedy unless asked otherwise; the id that ends the text is left out."""
@@ -344,10 +296,12 @@ class LanguageModel(TaskHeads):
 
     def stream_chat(self, messages: Any, config: GenerationConfig | None = None) -> Iterator[Step]:
         """The assistant's reply, a step at a time."""
+        self._start()
         return self.stream(self.render_chat(messages), config)
 
     @property
-    def _kind(self) -> str:
+    def kind(self) -> str:
+        """What shape it is, in words."""
         return {"decoder": "a decoder", "encoder": "an encoder", "encoder_decoder": "an encoder–decoder"}[
             self.config.shape
         ]
@@ -359,7 +313,7 @@ class LanguageModel(TaskHeads):
                 "encoder": "an encoder",
                 "encoder_decoder": "an encoder–decoder",
             }
-            raise ModelError(f"This model is {self._kind}; {what} needs {fits[shape]}.")
+            raise ModelError(f"This model is {self.kind}; {what} needs {fits[shape]}.")
 
     def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         for number, text in enumerate(texts, 1):
@@ -391,34 +345,6 @@ POOLING: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def generation_config(
-    *,
-    max_tokens: int = 256,
-    stop: str | Sequence[str] = (),
-    logprobs: int = 0,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-) -> GenerationConfig:
-    """A `GenerationConfig` from flat options."""
-    return GenerationConfig(
-        max_tokens=max_tokens,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        logprobs=logprobs,
-        sampling=SamplingConfig(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        ),
-    )
-
-
 def find_model(path: Path | str) -> Path:
     """The model directory that `path` means: itself, or the final model of a run directory.
 
@@ -433,6 +359,8 @@ def find_model(path: Path | str) -> Path:
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
+    from lexmill.model.adapter_files import is_adapter
+
     if is_adapter(path):
         raise ModelError(
             f"{path} holds an adapter, and this needs a whole model.",
@@ -444,19 +372,28 @@ def find_model(path: Path | str) -> Path:
     )
 
 
-def load(path: Path | str, *, base: Path | str | None = None, quantise: str = "") -> LanguageModel:
-    """Load a model directory, the final model of a run directory, or an adapter on its base.
+def load(
+    path: Path | str, *, base: Path | str | None = None, quantise: str = "", backend: str = "auto"
+) -> LanguageModel:
+    """Load a model directory, the final model of a run directory, an adapter on its base, or a GGUF file.
 
     Args:
         base: the model of an adapter, if not the one that it names.
         quantise: "q8_0", "q4_1" or "q4_0" keeps the matrices in 8 or 4 bits: less memory, slower, not quite
-            the same answers.
+            the same answers. In torch only: the engine takes a file that is quantised.
+        backend: "native" is lexmill's own engine, "torch" is torch; "auto" is the engine where it is built
+            and holds the model.
 
     Raises:
-        FileError, FormatError, ModelError: the directory is incomplete, damaged or not supported.
+        FileError, FormatError, ModelError: the model is incomplete, damaged or not supported, or asked of a
+            backend that does not have it.
+        ConfigError: there is no such backend.
     """
-    from lexmill.model.load import load_model
+    from lexmill.model.adapter_files import AdapterDirectory, is_adapter
 
+    check_backend(backend)
+    if Path(path).suffix.lower() == ".gguf" and Path(path).is_file():
+        return _load_gguf(Path(path), backend)
     adapter = None
     if is_adapter(path):
         opened = AdapterDirectory.open(path, find_model(base) if base is not None else None)
@@ -464,5 +401,41 @@ def load(path: Path | str, *, base: Path | str | None = None, quantise: str = ""
     else:
         directory = ModelDirectory.open(find_model(path))
         lineage = directory.lineage
+
+    def network() -> Any:
+        from lexmill.model.load import load_model
+
+        return load_model(directory, adapter, quantise)
+
     tokenizer = directory.tokenizer if directory.has_tokenizer else None
-    return LanguageModel(load_model(directory, adapter, quantise), tokenizer, directory.path, lineage)
+    problem = "an adapter" if adapter is not None else f"quantise='{quantise}'" if quantise else ""
+    engine = engine_for(directory, backend, problem)
+    return LanguageModel(
+        network if engine else network(),
+        tokenizer,
+        directory.path,
+        lineage,
+        backend=engine,
+        config=directory.config,
+    )
+
+
+def _load_gguf(path: Path, backend: str) -> LanguageModel:
+    model = GGUFModel(GGUFFile.open(path))  # stays open: weights are read from it when they are asked for
+
+    def network() -> Any:
+        from lexmill.model.build import build_model
+
+        network = build_model(model.config)
+        network.load_weights(model.weights)
+        return network.eval()
+
+    engine = engine_for(model, backend)
+    return LanguageModel(
+        network if engine else network(),
+        lambda: model.kept_tokenizer,
+        path,
+        model.lineage,
+        backend=engine,
+        config=model.config,
+    )

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lexmill.errors import DataError, ModelError
-from lexmill.inference.judging import (
-    Answer,
-    AnswerSettings,
-    by_length,
-    find_answers,
-    label_probabilities,
-    require_labels,
-    temperature_of,
-)
+from lexmill.inference.backend import Backend
 from lexmill.model.config import ModelConfig
-from lexmill.tokenizer.pairs import cut, encode_pairs
 from lexmill.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # `generate` starts without these
+    from lexmill.inference.judging import Answer
 
 
 class TaskHeads:
     """Methods of models with a task's head."""
 
-    network: Any
     config: ModelConfig
     lineage: Mapping[str, Any]
 
     @property
     def tokenizer(self) -> Tokenizer:
-        raise NotImplementedError  # LanguageModel has it
+        raise NotImplementedError  # LanguageModel has these
+
+    @property
+    def backend(self) -> Backend:
+        raise NotImplementedError
 
     def classify(
         self, texts: str | Sequence[str], second: str | Sequence[str] | None = None, *, rows: int = 16
@@ -50,6 +46,8 @@ class TaskHeads:
             ModelError: the model has no head that tells labels apart.
             DataError: an empty text, or not as many second texts.
         """
+        from lexmill.inference.judging import label_probabilities, require_labels, temperature_of
+
         require_labels(self.config.labels)
         first = [texts] if isinstance(texts, str) else list(texts)
         others: list[str | None] = [None] * len(first)
@@ -66,11 +64,12 @@ class TaskHeads:
 
     def label_logits(self, pairs: Sequence[tuple[str, str | None]], *, rows: int = 16) -> np.ndarray:
         """The logits of every label, not calibrated, float32: (len(pairs), labels)."""
-        from lexmill.inference.torch_backend import head_logits
+        from lexmill.inference.judging import by_length, require_labels
+        from lexmill.tokenizer.pairs import cut, encode_pairs
 
         require_labels(self.config.labels)
         encoded = [cut(pair, self.config.context) for pair in encode_pairs(self.tokenizer, pairs)]
-        found = by_length(encoded, functools.partial(head_logits, self.network), rows)
+        found = by_length(encoded, self.backend.head_logits, rows)
         return np.stack(found) if found else np.zeros((0, len(self.config.labels)), np.float32)
 
     def answer(self, question: str, context: str) -> Answer:
@@ -84,7 +83,7 @@ class TaskHeads:
             ModelError: the model has no head that finds answers.
             DataError: an empty question or context.
         """
-        from lexmill.inference.torch_backend import head_logits
+        from lexmill.inference.judging import AnswerSettings, find_answers
 
         if not self.config.span:
             raise ModelError(
@@ -92,5 +91,5 @@ class TaskHeads:
                 "Give an encoder one: lexmill finetune MODEL --task qa --data FILE --out DIR",
             )
         settings = AnswerSettings.of(self.lineage, self.config.context)
-        compute = functools.partial(head_logits, self.network)
+        compute = self.backend.head_logits
         return find_answers(self.tokenizer, questions, settings, compute, rows)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from lexmill.errors import DataError, ModelError
 from lexmill.inference.beams import RowsSession, beam_searches
+from lexmill.inference.generation import GenerationConfig
 from lexmill.inference.language_model import LanguageModel
 from lexmill.model.config import ModelConfig
 
 _CACHE_BYTES = 384 << 20  # of keys and values of the texts that are written at once
 _MOST_ROWS = 64
+_MOST_BEGUN = 256  # texts that an engine is given at once; it takes as many as it can
 
 
 def write_ids(
@@ -32,8 +37,6 @@ def write_ids(
         ModelError: a model that does not write, or a prompt that its context does not hold.
         DataError: a prompt without a token.
     """
-    from lexmill.inference.torch_backend import TorchSession
-
     shape, stop = model.config, model.tokenizer.ids.stop
     two = shape.shape == "encoder_decoder"
     if shape.shape == "encoder":
@@ -46,22 +49,57 @@ def write_ids(
                 f"Prompt {number} has {len(prompt):,} tokens, but the model's context is {shape.context:,}.",
                 "Shorten it.",
             )
+    if beams == 1 and model.backend.name == "native":
+        return _write_in_engine(model, prompts, max_tokens, done)
     found: list[list[int]] = [[] for _ in prompts]
-    for group in group_texts([len(ids) for ids in prompts], shape, beams=beams, max_tokens=max_tokens):
+    lengths, room = [len(ids) for ids in prompts], model.backend.room
+    for group in group_texts(lengths, shape, beams=beams, max_tokens=max_tokens, room=room):
         read = [prompts[text] for text in group]
-        session = TorchSession(model.network, sources=read if two else None)
         begun = [[shape.decoder_start]] * len(read) if two else read
-        if beams > 1:
-            best = beam_searches(
-                session, begun, stop, beams=beams, max_tokens=max_tokens, length_penalty=length_penalty
-            )
-            texts = [list(hypotheses[0].ids) for hypotheses in best]
-        else:
-            texts = write_greedily(session, begun, stop, max_tokens)
+        with model.backend.rows(read if two else None) as session:
+            if beams > 1:
+                best = beam_searches(
+                    session, begun, stop, beams=beams, max_tokens=max_tokens, length_penalty=length_penalty
+                )
+                texts = [list(hypotheses[0].ids) for hypotheses in best]
+            else:
+                texts = write_greedily(session, begun, stop, max_tokens)
         for text, ids in zip(group, texts):
             found[text] = ids
         if done is not None:
             done(len(group))
+    return found
+
+
+def _write_in_engine(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    done: Callable[[int], None] | None,
+) -> list[list[int]]:
+    """The engine takes in the next text as soon as one ends."""
+    found: list[list[int]] = []
+    config = GenerationConfig(max_tokens=max_tokens)
+    coming, going = iter(prompts), deque[Any]()
+    try:
+        while len(found) < len(prompts):
+            for prompt in itertools.islice(coming, _MOST_BEGUN - len(going)):
+                two = model.config.shape == "encoder_decoder"
+                going.append(
+                    model.backend.write(
+                        model.tokenizer,
+                        [model.config.decoder_start] if two else prompt,
+                        config,
+                        prompt if two else None,
+                    )
+                )
+            found.append([step.token for step in going[0] if step.token is not None])
+            going.popleft()
+            if done is not None:
+                done(1)
+    finally:
+        for text in going:
+            text.close()
     return found
 
 
@@ -98,12 +136,13 @@ def write_greedily(
 
 
 def group_texts(
-    lengths: Sequence[int], shape: ModelConfig, *, beams: int, max_tokens: int
+    lengths: Sequence[int], shape: ModelConfig, *, beams: int, max_tokens: int, room: int | None = None
 ) -> Iterator[list[int]]:
     """Which texts are written together: like lengths, the longest first, as many as memory should hold.
 
     Args:
         lengths: tokens of each prompt.
+        room: tokens that a backend can hold; None where only memory counts.
     """
     two = shape.shape == "encoder_decoder"
     layers = shape.decoder_layers if two else shape.layers
@@ -112,6 +151,8 @@ def group_texts(
     while order:
         longest = lengths[order[0]]
         rows = _CACHE_BYTES // max(beams * each * (longest + max_tokens), 1)
+        if room is not None:  # a page more for each text than its tokens take
+            rows = min(rows, room // (beams * (longest + max_tokens + 32)))
         rows = max(1, min(rows, _MOST_ROWS // beams))
         # where a decoder's context may end a text, each must have as much of it as alone
         tight = not two and longest + max_tokens > shape.context

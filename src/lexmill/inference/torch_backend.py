@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lexmill.inference.generation import GenerationConfig, Step, generate
 from lexmill.model.cache import Cache
 from lexmill.model.scope import Record
+from lexmill.tokenizer.tokenizer import Tokenizer
 
 _UNLIMITED = 1 << 30  # tokens; relative positions know no end
 
@@ -81,6 +84,44 @@ class TorchSession:
             self._memory = self._memory[index]
         if self._memory_mask is not None:
             self._memory_mask = self._memory_mask[index]
+
+
+class TorchBackend:
+    """A model in torch (`lexmill.inference.backend.Backend`)."""
+
+    name = "torch"
+    room: int | None = None
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.config = model, model.config
+
+    def write(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        config: GenerationConfig,
+        source: Sequence[int] | None = None,
+    ) -> Iterator[Step]:
+        return generate(TorchSession(self.model, source or ()), tokenizer, prompt, config)
+
+    @contextlib.contextmanager
+    def rows(self, sources: Sequence[Sequence[int]] | None = None) -> Iterator[TorchSession]:
+        yield TorchSession(self.model, sources=sources)
+
+    def all_logits(self, ids: Sequence[int], decoder_ids: Sequence[int] | None = None) -> np.ndarray:
+        return all_logits(self.model, ids, decoder_ids)
+
+    def hidden_rows(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        return hidden_rows(self.model, rows)
+
+    def pair_logits(self, ids: Sequence[int], segments: Sequence[int]) -> np.ndarray:
+        return pair_logits(self.model, ids, segments)
+
+    def close(self) -> None:
+        pass
+
+    def head_logits(self, pairs: Sequence[Any]) -> list[np.ndarray]:
+        return head_logits(self.model, pairs)
 
 
 def _padded(model: Any, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:

@@ -81,6 +81,12 @@ class ModelDirectory:
             return self.begun[own_name]
         return self._names[own_name].rows(self._weights.float32(self._stored[own_name]))
 
+    def stored(self, own_name: str) -> np.ndarray:
+        """One weight as it is stored, a view of the file; bfloat16 as its bits."""
+        if own_name in self.begun:
+            return self.begun[own_name]
+        return self._names[own_name].rows(self._weights.array(self._stored[own_name]))
+
     def weight_dtype(self, own_name: str) -> str:
         """How it is stored: "F32", "BF16" or "F16"."""
         return "F32" if own_name in self.begun else self._weights.dtype(self._stored[own_name])

@@ -12,11 +12,11 @@ from pathlib import Path
 from lexmill.errors import FormatError, LexmillError
 from lexmill.formats.gguf import GGUFFile
 from lexmill.model.directory import ModelDirectory
+from lexmill.model.gguf_rope import is_neutral
+from lexmill.model.gguf_shapes import architecture, shape_metadata
 from lexmill.runtimes.diagnosis_tokenizer import tokenizer_causes
 from lexmill.runtimes.diagnosis_weights import weight_causes
 from lexmill.runtimes.gguf_kept import same_value
-from lexmill.runtimes.gguf_rope import is_neutral
-from lexmill.runtimes.gguf_shapes import architecture, shape_metadata
 from lexmill.runtimes.verify_report import Diagnosis
 
 # What a setting does, and what llama.cpp takes where a file leaves it out (src/llama-model.cpp); None where

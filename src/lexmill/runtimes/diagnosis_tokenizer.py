@@ -9,10 +9,10 @@ from lexmill.errors import LexmillError
 from lexmill.formats.gguf import GGUFFile, Value
 from lexmill.model.directory import ModelDirectory
 from lexmill.runtimes.gguf_kept import same_value
-from lexmill.runtimes.gguf_pre_tokenizers import PRE_TOKENIZERS
 from lexmill.runtimes.gguf_tokenizer import tokenizer_metadata
-from lexmill.runtimes.gguf_vocabulary import END_TEXTS, MIDDLE_TEXTS
 from lexmill.runtimes.verify_report import short
+from lexmill.tokenizer.gguf_pre_tokenizers import PRE_TOKENIZERS
+from lexmill.tokenizer.gguf_vocabulary import END_TEXTS, MIDDLE_TEXTS
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"

@@ -14,9 +14,9 @@ import numpy as np
 
 from lexmill.formats.gguf import GGUFFile
 from lexmill.model.directory import ModelDirectory
+from lexmill.model.gguf_rope import ROPE_FREQS, divisors_differ
+from lexmill.model.gguf_shapes import held_weights, permute_rope, read_weight, weight_in_gguf
 from lexmill.model.names import WeightName
-from lexmill.runtimes.gguf_rope import ROPE_FREQS, divisors_differ
-from lexmill.runtimes.gguf_shapes import held_weights, permute_rope, read_weight, weight_in_gguf
 from lexmill.runtimes.llama_cpp import tensor_error
 
 _BLOCK = 32  # weights under one scale, in the types that scale blocks

@@ -24,8 +24,8 @@ from lexmill.model.adapter import Adapter, LoraConfig, LowRank
 from lexmill.model.adapter_files import AdapterDirectory, write_adapter
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
+from lexmill.model.gguf_shapes import permute_rope, require_place, unpermute_rope
 from lexmill.model.names import LinearLayer, linear_layers
-from lexmill.runtimes.gguf_shapes import permute_rope, require_place, unpermute_rope
 
 # general.file_type of the types that an adapter may have
 ADAPTER_TYPES = {"f32": 0, "f16": 1, "bf16": 32}

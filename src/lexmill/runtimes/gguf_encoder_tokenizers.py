@@ -9,15 +9,12 @@ from typing import Any
 from lexmill.errors import ModelError
 from lexmill.formats.charsmap import compile_charsmap
 from lexmill.formats.gguf import Value, array, boolean, string, u32
-from lexmill.runtimes.gguf_vocabulary import CONTROL, UNKNOWN, UNUSED, refuse_problems
+from lexmill.tokenizer.gguf_vocabulary import CONTROL, UNKNOWN, UNUSED, WHITESPACE, refuse_problems
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.tokenizer.wordpiece import MARKS_LAST, SPACES_FIRST
 
 _SPACE = "▁"
 _HINT = "It can be exported in every other form; only llama.cpp has this tokenizer compiled in."
-
-# Unicode's White_Space, at which `WhitespaceSplit` cuts.
-WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
 def wordpiece_metadata(

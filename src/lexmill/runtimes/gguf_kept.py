@@ -16,12 +16,12 @@ import numpy as np
 from lexmill.errors import ModelError
 from lexmill.formats.gguf import GGUFFile, Value, string
 from lexmill.model.config import ModelConfig
-from lexmill.runtimes.gguf_shapes import shape_metadata
+from lexmill.model.gguf_model import ASKED
+from lexmill.model.gguf_shapes import shape_metadata
 from lexmill.runtimes.gguf_tokenizer import tokenizer_metadata
 from lexmill.tokenizer.tokenizer import Tokenizer
 
 _HASH = "tokenizer_sha256"
-_ASKED = "lexmill.asked"
 # An export decides these by what it writes.
 _OWN = (
     "general.architecture",
@@ -45,7 +45,7 @@ def keep(file: GGUFFile, config: ModelConfig, tokenizer: Tokenizer, pooling: str
     written |= shape_metadata(config, pooling)
     kept: dict[str, Any] = {}
     for key, value in file.metadata.items():
-        if key in (*_OWN, _ASKED) or key.startswith("quantize."):
+        if key in (*_OWN, ASKED) or key.startswith("quantize."):
             continue
         plain = value.tolist() if isinstance(value, np.ndarray) else value
         type = file.types[key].removeprefix("array of ")
@@ -72,17 +72,7 @@ def asked(lineage: Mapping[str, Any]) -> dict[str, Value]:
         for entry in (history if isinstance(history, list) else [])
         if isinstance(entry, Mapping) and entry.get("asked")
     ]
-    return {_ASKED: string(json.dumps(entries, ensure_ascii=False))} if entries else {}
-
-
-def asked_in(file: GGUFFile) -> dict[str, Any]:
-    """The same from a file, as a lineage; empty where it says nothing."""
-    value = file.metadata.get(_ASKED)
-    try:
-        entries = json.loads(value) if isinstance(value, str) else []
-    except (ValueError, RecursionError):
-        entries = []
-    return {"history": entries} if isinstance(entries, list) and entries else {}
+    return {ASKED: string(json.dumps(entries, ensure_ascii=False))} if entries else {}
 
 
 def restored(

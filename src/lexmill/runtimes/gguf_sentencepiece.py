@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lexmill.formats.gguf import Value, array, boolean, string
-from lexmill.runtimes.gguf_vocabulary import BYTE, NORMAL, UNKNOWN, UNUSED, refuse_problems
+from lexmill.tokenizer.gguf_vocabulary import BYTE, NORMAL, UNKNOWN, UNUSED, refuse_problems
 from lexmill.tokenizer.loading import merges_of
 
 _SPACE = "▁"

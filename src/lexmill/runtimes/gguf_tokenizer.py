@@ -14,11 +14,13 @@ from typing import Any
 from lexmill.errors import ModelError
 from lexmill.formats.gguf import Value, array, boolean, string, u32
 from lexmill.runtimes.gguf_encoder_tokenizers import frame_metadata, unigram_metadata, wordpiece_metadata
-from lexmill.runtimes.gguf_pre_tokenizers import name_of, spelled
 from lexmill.runtimes.gguf_sentencepiece import is_sentencepiece_bpe, sentencepiece_metadata
-from lexmill.runtimes.gguf_vocabulary import (
+from lexmill.tokenizer.gguf_pre_tokenizers import name_of, spelled
+from lexmill.tokenizer.gguf_vocabulary import (
     CONTROL,
     END_TEXTS,
+    MASK,
+    MASK_TAKES_SPACES,
     MIDDLE_TEXTS,
     NORMAL,
     UNUSED,
@@ -28,9 +30,6 @@ from lexmill.runtimes.gguf_vocabulary import (
 )
 from lexmill.tokenizer.special import END_OF_TURN
 from lexmill.tokenizer.tokenizer import Tokenizer
-
-# In a model with this in its name llama.cpp lets this mask swallow the spaces before it (src/llama-vocab.cpp).
-MASK_TAKES_SPACES, MASK = "modern-bert", "[MASK]"
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int, where: str) -> dict[str, Value]:

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lexmill import __version__
-from lexmill.errors import ConfigError, FileError, FormatError, ModelError
+from lexmill.errors import ConfigError, FileError, ModelError
 from lexmill.files import sha256_file
 from lexmill.formats.gguf import GGUFFile
-from lexmill.formats.safetensors import from_bfloat16
 from lexmill.formats.safetensors_writing import SHARD_BYTES
-from lexmill.model.config import ModelConfig
-from lexmill.model.directory import ModelDirectory, convert, write_model_directory
-from lexmill.model.names import WeightName, weight_names, weight_shapes
-from lexmill.progress import SILENT, Progress, Task
-from lexmill.runtimes.gguf_kept import asked_in, keep
-from lexmill.runtimes.gguf_rope import ROPE_FREQS
-from lexmill.runtimes.gguf_shapes import read_weight, weight_from_gguf
-from lexmill.runtimes.gguf_vocabulary import read_vocabulary
+from lexmill.model.directory import ModelDirectory, write_model_directory
+from lexmill.model.gguf_model import GGUFModel
+from lexmill.progress import SILENT, Progress
+from lexmill.runtimes.gguf_kept import keep
 from lexmill.runtimes.huggingface import check_target, publish
-from lexmill.runtimes.import_shapes import config_from_gguf, pooling_of
-from lexmill.runtimes.import_tokenizer import import_tokenizer
 
 DTYPES = {
     "auto": "",
@@ -117,20 +107,10 @@ def _license(readme: Path) -> str:
 def _import_gguf(
     file: GGUFFile, out: Path, dtype: str, shard_bytes: int, progress: Progress
 ) -> ModelDirectory:
-    kind, name = (file.metadata.get(f"general.{key}") for key in ("type", "name"))
-    if kind is not None and not (isinstance(kind, str) and kind == "model"):
-        raise ModelError(
-            f"{file.path} holds '{str(kind)[:60]}', not a model.",
-            "Adapters are imported with --base MODEL; projectors and importance matrices cannot be.",
-        )
-    vocabulary = read_vocabulary(file)
-    config = config_from_gguf(file, vocabulary.rows)
-    weights = GGUFWeights(file, config)
-    tokenizer = import_tokenizer(vocabulary)
-    tokenizer.settings["model_max_length"] = config.context
-    pooling = pooling_of(file) if config.shape == "encoder" else "mean"
+    model = GGUFModel(file)
+    config, weights, tokenizer, pooling = model.config, model.weights, model.tokenizer, model.pooling
     dtypes = {own: dtype for own in weights} if dtype else weights.exact_dtypes()
-    license = file.metadata.get("general.license")
+    name, license = (file.metadata.get(f"general.{key}") for key in ("name", "license"))
     lineage: dict[str, Any] = {
         "name": name if isinstance(name, str) and name else file.path.stem,
         **({"license": license} if isinstance(license, str) else {}),
@@ -142,12 +122,12 @@ def _import_gguf(
             "by": f"lexmill {__version__}",
         },
     }
-    lineage |= asked_in(file)
+    lineage |= model.lineage
     kept = keep(file, config, tokenizer, pooling)
     if kept:
         lineage["gguf"] = kept
     with progress.task(f"importing {file.path.name}", config.parameters, "weights") as task:
-        weights.task = task
+        weights.read = task.advance
         return write_model_directory(
             out,
             config,
@@ -158,73 +138,3 @@ def _import_gguf(
             pooling=pooling,
             shard_bytes=shard_bytes,
         )
-
-
-class GGUFWeights(Mapping[str, np.ndarray]):
-    """The weights of a GGUF file by lexmill's names, decoded to float32 when they are asked for.
-
-    Raises:
-        FormatError: a weight is missing, has another shape, or is of a type that cannot be read.
-        ModelError: the file has weights for which this shape has no place.
-    """
-
-    def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
-        self.file, self.config, self.task = file, config, Task("", None, "")
-        self._names = {name.own: name for name in weight_names(config)}
-        shapes = weight_shapes(config)
-        for own, name in self._names.items():
-            info = file.tensors.get(name.gguf)
-            if info is None:
-                raise FormatError(f"{file.path}: the tensor '{name.gguf}' is missing.", _HINT)
-            expected = name.whole_shape(shapes[own])
-            if info.shape != expected:
-                raise FormatError(
-                    f"{file.path}: the tensor '{name.gguf}' has the shape {info.shape} instead of {expected}.",
-                    _HINT,
-                )
-        # read with the shape; computed anew by every writer
-        unused = set(file.tensors) - {name.gguf for name in self._names.values()} - {ROPE_FREQS}
-        if unused:
-            raise ModelError(
-                f"{file.path}: the tensor '{min(unused)}' has no place in a {config.family} model here.",
-                "It may have heads, biases or layers that lexmill does not have.",
-            )
-
-    def __getitem__(self, own: str) -> np.ndarray:
-        weight = weight_from_gguf(self._stored(self._names[own]), self.config, self._names[own])
-        self.task.advance(weight.size)
-        return weight
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def _stored(self, name: WeightName) -> np.ndarray:
-        values = read_weight(self.file, name)
-        if not np.isfinite(values).all():
-            raise FormatError(
-                f"{self.file.path}: the tensor '{name.gguf}' holds something that is no number.", _HINT
-            )
-        return values
-
-    def exact_dtypes(self) -> dict[str, str]:
-        """How to store each weight so that nothing is lost: in one type for all if there is one below F32."""
-        for dtype in ("BF16", "F16"):
-            if all(self._fits(name, dtype) for name in self._names.values()):
-                return dict.fromkeys(self._names, dtype)
-        kinds = {own: self.file.tensors[name.gguf].type.name for own, name in self._names.items()}
-        return {own: kind if kind in ("F16", "BF16") else "F32" for own, kind in kinds.items()}
-
-    def _fits(self, name: WeightName, dtype: str) -> bool:
-        kind = self.file.tensors[name.gguf].type.name
-        if kind == dtype:
-            return True
-        values = self._stored(name)
-        stored = convert(values, dtype)
-        back = from_bfloat16(stored) if dtype == "BF16" else stored.astype(np.float32)
-        return np.array_equal(back.view(np.uint32), values.view(np.uint32))
-
-
-_HINT = "The file is damaged or incomplete; make or copy it again."

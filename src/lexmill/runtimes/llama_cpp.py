@@ -19,12 +19,8 @@ from lexmill.formats.blocks32 import halves
 from lexmill.formats.gguf import GGUFFile, TensorToWrite, Value, string, u32, write_gguf
 from lexmill.formats.imatrix import ImportanceMatrix, read_imatrix
 from lexmill.model.directory import ModelDirectory
-from lexmill.model.names import weight_shapes
-from lexmill.progress import SILENT, Progress, Task
-from lexmill.runtimes.gguf_kept import asked, restored, same_value
-from lexmill.runtimes.gguf_mixes import ALIASES, MIXES, choose_types
-from lexmill.runtimes.gguf_rope import ROPE_FREQS, divisors_differ, frequency_divisors
-from lexmill.runtimes.gguf_shapes import (
+from lexmill.model.gguf_rope import ROPE_FREQS, divisors_differ, frequency_divisors
+from lexmill.model.gguf_shapes import (
     HeldTensor,
     architecture,
     held_tensors,
@@ -37,6 +33,10 @@ from lexmill.runtimes.gguf_shapes import (
     weight_from_gguf,
     weight_in_gguf,
 )
+from lexmill.model.names import weight_shapes
+from lexmill.progress import SILENT, Progress, Task
+from lexmill.runtimes.gguf_kept import asked, restored, same_value
+from lexmill.runtimes.gguf_mixes import ALIASES, MIXES, choose_types
 from lexmill.runtimes.gguf_tokenizer import model_name, tokenizer_metadata
 from lexmill.runtimes.llama_cpp_server import LlamaCpp, RuntimeFailure
 

@@ -23,8 +23,8 @@ import numpy as np
 from lexmill.errors import LexmillError
 from lexmill.files import require_file
 from lexmill.formats.gguf import GGUFFile
-from lexmill.runtimes.gguf_vocabulary import END_TEXTS, MIDDLE_TEXTS, fills_in_the_middle
 from lexmill.runtimes.llama_cpp_start import find_server, start
+from lexmill.tokenizer.gguf_vocabulary import END_TEXTS, MIDDLE_TEXTS, fills_in_the_middle
 
 
 class RuntimeFailure(LexmillError):

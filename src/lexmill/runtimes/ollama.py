@@ -14,8 +14,8 @@ from lexmill.errors import ConfigError, DataError, ModelError
 from lexmill.files import atomic_write, require_file
 from lexmill.formats.gguf import GGUFFile
 from lexmill.model.directory import ModelDirectory
+from lexmill.model.gguf_shapes import architecture, require_place
 from lexmill.progress import SILENT, Progress
-from lexmill.runtimes.gguf_shapes import architecture, require_place
 from lexmill.runtimes.llama_cpp import export_gguf, setting_differences
 from lexmill.runtimes.model_card import licences
 from lexmill.runtimes.ollama_manifest import (

@@ -1,6 +1,6 @@
-"""The proof that transformers and llama.cpp give the answers that lexmill gives, on the finished files.
+"""The proof that every runtime gives the answers that lexmill gives, on the finished files.
 
-lexmill is the reference. Each runtime is asked the same questions through its own public interface.
+lexmill in torch is the reference; lexmill's own engine is a runtime like transformers and llama.cpp. Each runtime is asked the same questions through its own public interface.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ _ONLY_WEIGHTS = (
     "the server of llama.cpp ends its process when it loads an encoder–decoder: only the file's weights and "
     "constants were compared"
 )
+_Asked = Callable[[str, Any], Iterator[Check]]
 _SMALL = 50_000_000  # weights; below, more threads cost more in waiting than they bring
 
 
@@ -64,6 +65,7 @@ def verify(
     tokens: int = 64,
     ollama: str = "",
     transformers: bool = True,
+    engine: bool = True,
     llama_server: Path | str | None = None,
     progress: Progress = SILENT,
 ) -> VerifyReport:
@@ -78,6 +80,7 @@ def verify(
             `llama-server` on the path.
         ollama: also ask a running Ollama that has the model: its name there, or `http://host:port/name`.
         transformers: ask it too.
+        engine: ask lexmill's own engine too, where it is built: the model directory, and each file.
 
     Returns:
         A record a runtime and check: token ids, round trip, chat template, stop tokens, weights
@@ -95,13 +98,18 @@ def verify(
     if llama_server is not None:
         find_server(llama_server)
     asked_ollama = ollama_place(ollama) if ollama else None
-    with progress.task("verify", 8 + 9 * len(ggufs) + (5 if ollama else 0), "checks") as task:
+    from lexmill.runtimes.verify_engine import has_engine, open_engine
+
+    with progress.task("verify", 10 + 11 * len(ggufs) + (5 if ollama else 0), "checks") as task:
         task.advance(0, "lexmill")
-        own = _Own(load(directory.path), directory, prompts, tokens)
+        own = _Own(load(directory.path, backend="torch"), directory, prompts, tokens)
         task.advance(1)
         checks: list[Check] = []
         if transformers:
             checks += _compare("transformers", open_transformers(directory), own.asked, task)
+        own.engine = engine and own.reference is not None and has_engine(own.shape)
+        if own.engine:
+            checks += _compare("engine", open_engine(directory.path), own.asked_of_engine, task)
         diagnoses: list[Diagnosis] = []
         for path in map(Path, ggufs):
             found = list(_check_gguf(path, own, llama_server, task))
@@ -119,6 +127,7 @@ class _Own:
     """lexmill's side: the model, and what is asked of another runtime about it.
 
     Attributes:
+        engine: whether lexmill's engine is asked.
         reference: of a decoder with a tokenizer, its own answers; None for every other model.
     """
 
@@ -130,6 +139,7 @@ class _Own:
         self.model, self.directory, self.tokens = model, directory, tokens
         self.shape = directory.config.shape
         self.read = directory.has_tokenizer
+        self.engine = False
         self.reference: Reference | None = None
         if self.shape == "decoder" and self.read:
             self.reference = Reference(model, directory, prompts, tokens)
@@ -155,6 +165,13 @@ class _Own:
         if self.reference is None:
             return compare_ids(name, runtime, self.model)
         return Comparison(name, runtime, self.reference, exact_tolerance(self.reference.spread)).all()
+
+    def asked_of_engine(self, name: str, runtime: Any) -> Iterator[Check]:
+        """The checks of the engine with the model directory."""
+        from lexmill.runtimes.verify_engine import compare_engine, reference_of_directory
+
+        assert self.reference is not None
+        return compare_engine(name, runtime, *reference_of_directory(self.reference, self.directory))
 
     def asked_of_ollama(self, told: str, name: str, server: OllamaServer) -> Iterator[Check]:
         """The checks of a model in a running Ollama; `told` is its name there."""
@@ -195,7 +212,7 @@ def _check_gguf(path: Path, own: _Own, server: Path | str | None, task: Task) ->
     except LexmillError as error:
         yield Check(name, "weights", False, detail=str(error))
         return
-    asked, cost = _asked_of_file(own, held, type)
+    asked, cost, in_engine = _asked_of_file(own, held, type)
     yield replace(check, detail=check.detail + cost)
     task.advance(1)
     if not own.read:
@@ -206,6 +223,10 @@ def _check_gguf(path: Path, own: _Own, server: Path | str | None, task: Task) ->
         yield Check(name, "runs", None, detail=_ONLY_WEIGHTS)
     else:
         yield from _compare(name, _llama_cpp(path, own, server), asked, task)
+        if own.engine and in_engine is not None:
+            from lexmill.runtimes.verify_engine import open_engine
+
+            yield from _compare(f"engine {type or path.stem}", open_engine(path), in_engine, task)
 
 
 def _weights_check(runtime: str, file: GGUFFile, directory: ModelDirectory) -> Check:
@@ -236,16 +257,15 @@ class _Held(NamedTuple):
         return cls(file_weights(file, model), file_types(file, model), file_offsets(file, model))
 
 
-def _asked_of_file(
-    own: _Own, held: _Held | None, type: str | None
-) -> tuple[Callable[[str, Any], Iterator[Check]], str]:
-    """What is asked of llama.cpp running a file, and what the detail says of what rounding cost.
+def _asked_of_file(own: _Own, held: _Held | None, type: str | None) -> tuple[_Asked, str, _Asked | None]:
+    """What is asked of llama.cpp running a file, what the detail says of what rounding cost, and what the engine is asked.
 
     The other side is lexmill running what the file holds, or for None the model's own weights. That
     is also what a file that does not hold the model is compared with: two that agree on something else
     prove nothing.
     """
     from lexmill.runtimes.verify_embeddings import compare_embeddings
+    from lexmill.runtimes.verify_engine import compare_engine
 
     if own.reference is None:
         model, rounded = own.model, None
@@ -254,7 +274,7 @@ def _asked_of_file(
 
             model = own.with_weights(held.weights)
             rounded = Rounded(model.network, held.types, held.offsets)
-        return lambda name, runtime: compare_embeddings(name, runtime, model, type, rounded), ""
+        return lambda name, runtime: compare_embeddings(name, runtime, model, type, rounded), "", None
     reference, cost, tolerance = own.reference, "", TOLERANCES.get(type or "")
     if type == "f32":
         tolerance = exact_tolerance(reference.spread)
@@ -264,7 +284,11 @@ def _asked_of_file(
         cost = f"; what rounding the weights costs: mean KL {divergence:.2g} nats"
         if reference.noise is not None:
             tolerance = tolerance_of(reference.noise)
-    return lambda name, runtime: Comparison(name, runtime, reference, tolerance).all(), cost
+    return (
+        lambda name, runtime: Comparison(name, runtime, reference, tolerance).all(),
+        cost,
+        lambda name, runtime: compare_engine(name, runtime, reference, tolerance),
+    )
 
 
 @contextlib.contextmanager

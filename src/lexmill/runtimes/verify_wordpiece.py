@@ -11,7 +11,8 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
-from lexmill.runtimes.gguf_encoder_tokenizers import WHITESPACE, bert_normalizer
+from lexmill.runtimes.gguf_encoder_tokenizers import bert_normalizer
+from lexmill.tokenizer.gguf_vocabulary import WHITESPACE
 from lexmill.tokenizer.tokenizer import Tokenizer
 
 # Blocks whose characters stand alone, in llama.cpp as in `tokenizers`.

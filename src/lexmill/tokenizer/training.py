@@ -13,13 +13,12 @@ from typing import IO, Literal
 from lexmill.errors import ConfigError, DataError
 from lexmill.tokenizer import special
 from lexmill.tokenizer.fast import refuse_surrogates
+from lexmill.tokenizer.gguf_pre_tokenizers import QWEN2_PATTERN
 from lexmill.tokenizer.special import SPECIAL_TOKENS
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.tokenizer.unigram import train_unigram
 from lexmill.tokenizer.wordpiece import train_wordpiece
 
-# The pre-tokenizer that llama.cpp calls "qwen2" (Qwen team, Qwen2 tokenizer.json).
-QWEN2_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SMALLEST = {"bpe": 256 + len(SPECIAL_TOKENS), "wordpiece": 64, "unigram": 64}
 _DEFAULT_SIZE = 4096
 

@@ -14,11 +14,11 @@ import numpy as np
 from lexmill.errors import ConfigError, ModelError
 from lexmill.formats.gguf import GGUFFile
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
+from lexmill.model.gguf_keys import HINT, Keys
+from lexmill.model.gguf_rope import NEUTRAL as ROPE_NEUTRAL
+from lexmill.model.gguf_rope import SCALING_KEYS, scaling_from_gguf
+from lexmill.model.gguf_shapes import ACTIVATION_KEY, POOLING
 from lexmill.model.huggingface_config import global_period
-from lexmill.runtimes.gguf_keys import HINT, Keys
-from lexmill.runtimes.gguf_rope import NEUTRAL as ROPE_NEUTRAL
-from lexmill.runtimes.gguf_rope import SCALING_KEYS, scaling_from_gguf
-from lexmill.runtimes.gguf_shapes import ACTIVATION_KEY, POOLING
 
 # llama.cpp's name of each family.
 ARCHITECTURES = {

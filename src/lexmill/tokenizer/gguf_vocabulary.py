@@ -17,6 +17,11 @@ from lexmill.formats.gguf import GGUFFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
+# Unicode's White_Space, at which `WhitespaceSplit` cuts.
+WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+# In a model with this in its name llama.cpp lets this mask swallow the spaces before it (src/llama-vocab.cpp).
+MASK_TAKES_SPACES, MASK = "modern-bert", "[MASK]"
+
 _PREFIX = "tokenizer.ggml."
 _HINT = "The file is damaged, or was made by a tool that llama.cpp would not understand either."
 

@@ -13,8 +13,8 @@ import numpy as np
 from lexmill.errors import ConfigError, FormatError, ModelError
 from lexmill.formats.gguf import GGUFFile, Value, f32, string, u32
 from lexmill.model.config import ModelConfig
+from lexmill.model.gguf_keys import HINT, Keys, tidy
 from lexmill.model.rope_scaling import RopeScaling, yarn_magnitude
-from lexmill.runtimes.gguf_keys import HINT, Keys, tidy
 
 ROPE_FREQS = "rope_freqs.weight"
 SCALING_KEYS = (

@@ -15,20 +15,21 @@ import numpy as np
 
 from lexmill.errors import FormatError, ModelError
 from lexmill.formats.charsmap import compile_charsmap
-from lexmill.runtimes.gguf_encoder_tokenizers import WHITESPACE
-from lexmill.runtimes.gguf_pre_tokenizers import as_json, pre_tokenizer
-from lexmill.runtimes.gguf_tokenizer import MASK, MASK_TAKES_SPACES
-from lexmill.runtimes.gguf_vocabulary import (
+from lexmill.tokenizer import special
+from lexmill.tokenizer.fast import panics_as_errors, parse
+from lexmill.tokenizer.gguf_pre_tokenizers import as_json, pre_tokenizer
+from lexmill.tokenizer.gguf_vocabulary import (
     BYTE,
     CONTROL,
+    MASK,
+    MASK_TAKES_SPACES,
     NORMAL,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    WHITESPACE,
     Vocabulary,
 )
-from lexmill.tokenizer import special
-from lexmill.tokenizer.fast import panics_as_errors, parse
 from lexmill.tokenizer.loading import EMPTY, added_token, merges_of
 from lexmill.tokenizer.special import SpecialIds
 from lexmill.tokenizer.tokenizer import Tokenizer
@@ -80,8 +81,11 @@ def import_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
         settings["strip_accents"] = vocabulary.flag("normalizer.strip_accents", not cased)
     template = vocabulary.text("tokenizer.chat_template")
     text = json.dumps(values, ensure_ascii=False)
-    parse(text, vocabulary.where)  # says which file it is, should it be none
-    return Tokenizer(text, ids, template, settings=settings)
+    try:
+        return Tokenizer(text, ids, template, settings=settings)
+    except FormatError:
+        parse(text, vocabulary.where)  # says which file it is
+        raise
 
 
 def vocabulary_text(values: Mapping[str, Any], token: int) -> str:
@@ -187,7 +191,7 @@ def _pairs(vocabulary: Vocabulary) -> list[list[str]]:
     for number, merge in enumerate(vocabulary.merges):
         cut = merge.find(" ", 1)
         left, right = merge[:cut], merge[cut + 1 :]
-        if cut < 0 or not {left, right, left + right} <= known.keys():
+        if cut < 0 or left not in known or right not in known or left + right not in known:
             raise FormatError(
                 f"{vocabulary.where}: merge {number:,}, {merge[:60]!r}, does not make a token out of two.",
                 "The file is damaged; make or copy it again.",

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from lexmill.config import suggest
 from lexmill.errors import ModelError
-from lexmill.tokenizer.training import QWEN2_PATTERN
 
+# The pre-tokenizer that llama.cpp calls "qwen2" (Qwen team, Qwen2 tokenizer.json).
+QWEN2_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = "words and bytes"  # GPT-2's words, then bytes
 _DIGITS = "single digits"
 _BYTES = "bytes"

@@ -13,8 +13,8 @@ from lexmill.errors import ModelError
 from lexmill.formats.gguf import GGUFFile, Value, boolean, f32, string, u32
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
+from lexmill.model.gguf_rope import scaling_metadata
 from lexmill.model.names import WeightName, weight_names, weight_shapes
-from lexmill.runtimes.gguf_rope import scaling_metadata
 
 POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}  # llama.h, enum llama_pooling_type
 _WRITTEN_POOLING = ("mean", "cls", "last")  # ways to make one vector of a text

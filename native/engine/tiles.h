@@ -1,0 +1,232 @@
+// Products of prompts with AMX (Intel, "Advanced Matrix Extensions"): sixteen tokens times sixteen rows times
+// thirty-two columns at once, in bfloat16 with sums in float32. Weights of fewer bits become bfloat16 strip by strip,
+// once for all tokens. Included by kernels.cpp.
+
+// GCC's functions for tiles do not say what memory they read and write.
+#define SETTLE __asm__ volatile("" ::: "memory")
+
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+void begin_tiles() {
+    const TileShapes shapes;
+    SETTLE;
+    _tile_loadconfig(&shapes);
+}
+
+// Sixteen numbers each of two columns, rounded to bfloat16 (halves upwards), side by side.
+INLINE __m512i two_columns(Floats even, Floats odd) {
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    alignas(64) static const uint16_t kUpper[32] = {1,  33, 3,  35, 5,  37, 7,  39, 9,  41, 11, 43, 13, 45, 15, 47,
+                                                    17, 49, 19, 51, 21, 53, 23, 55, 25, 57, 27, 59, 29, 61, 31, 63};
+    return _mm512_permutex2var_epi16(_mm512_add_epi32((__m512i)even, half), _mm512_load_si512(kUpper),
+                                     _mm512_add_epi32((__m512i)odd, half));
+}
+
+// A byte or half of one, moved into a float's last bits, is the number kOffset + q: no conversion is needed.
+template <int kShift, uint32_t kMask, uint32_t kExponent>
+INLINE Floats number_of(Ints x) {
+    __m512i moved = kShift > 0   ? _mm512_slli_epi32((__m512i)x, kShift > 0 ? kShift : 0)
+                    : kShift < 0 ? _mm512_srli_epi32((__m512i)x, kShift < 0 ? -kShift : 0)
+                                 : (__m512i)x;
+    return (Floats)_mm512_ternarylogic_epi32(moved, _mm512_set1_epi32(int(kMask)), _mm512_set1_epi32(int(kExponent)),
+                                             0xEA);  // (moved & mask) | exponent
+}
+
+// A panel (sixteen rows) of a matrix as bfloat16 tiles: for each block of columns 16 pairs × 16 rows × 2.
+INLINE void panel_to_tiles(const Matrix& m, long panel, __m512i* out) {
+    const long blocks = m.blocks();
+    const uint16_t* scales = m.scales + panel * blocks * kLanes;
+    const uint16_t* minima = m.minima ? m.minima + panel * blocks * kLanes : nullptr;
+    if (m.type == kFourBits) {  // 16 + q
+        const uint8_t* values = m.values + panel * blocks * 256;
+        for (long b = 0; b < blocks; ++b, values += 256, out += 16) {
+            Floats s = load_halves(scales + b * kLanes);
+            Floats o = minima ? fma(s, all(-16.0f), load_halves(minima + b * kLanes)) : s * all(-24.0f);
+            for (int j = 0; j < 4; ++j) {
+                Ints x = load_ints(values + 64 * j);
+#define QUARTER(shift) fma(s, number_of<19 - (shift), 0xFu << 19, 0x41800000u>(x), o)
+                out[2 * j] = two_columns(QUARTER(0), QUARTER(8));
+                out[2 * j + 1] = two_columns(QUARTER(16), QUARTER(24));
+                out[2 * j + 8] = two_columns(QUARTER(4), QUARTER(12));
+                out[2 * j + 9] = two_columns(QUARTER(20), QUARTER(28));
+#undef QUARTER
+            }
+        }
+    } else {  // 256 + q
+        const uint8_t* values = m.values + panel * blocks * 512;
+        for (long b = 0; b < blocks; ++b, values += 512, out += 16) {
+            Floats s = load_halves(scales + b * kLanes);
+            Floats o = minima ? fma(s, all(-256.0f), load_halves(minima + b * kLanes)) : s * all(-384.0f);
+            for (int j = 0; j < 8; ++j) {
+                Ints x = load_ints(values + 64 * j);
+#define QUARTER(shift) fma(s, number_of<15 - (shift), 0xFFu << 15, 0x43800000u>(x), o)
+                out[2 * j] = two_columns(QUARTER(0), QUARTER(8));
+                out[2 * j + 1] = two_columns(QUARTER(16), QUARTER(24));
+#undef QUARTER
+            }
+        }
+    }
+}
+
+// Tokens are taken thirty-two at a time; `first` is a multiple of them, and rows behind the last may hold anything.
+void tiles_strip(const Matrix& m, long strip, const Inputs& in, long first, long tokens, float* out, uint8_t* scratch) {
+    const long blocks = m.blocks(), panel = blocks * 512;  // numbers in a panel
+    const uint16_t* weights = reinterpret_cast<const uint16_t*>(m.values) + 2 * strip * panel;
+    if (m.type != kBfloat16) {
+        __m512i* tiles = reinterpret_cast<__m512i*>(scratch);
+        panel_to_tiles(m, 2 * strip, tiles);
+        panel_to_tiles(m, 2 * strip + 1, tiles + panel / 32);
+        weights = reinterpret_cast<const uint16_t*>(scratch);
+    }
+    SETTLE;
+    for (long t = 0; t < tokens; t += 32) {
+        const uint16_t* x = in.tiles + (first + t) * in.columns;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (long b = 0; b < blocks; ++b) {
+            _tile_loadd(4, x + b * 512, 64);
+            _tile_loadd(6, weights + b * 512, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, weights + panel + b * 512, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, x + panel + b * 512, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        float* to = out + t * kStrip;
+        _tile_stored(0, to, 4 * kStrip);
+        _tile_stored(1, to + kLanes, 4 * kStrip);
+        _tile_stored(2, to + 16 * kStrip, 4 * kStrip);
+        _tile_stored(3, to + 16 * kStrip + kLanes, 4 * kStrip);
+    }
+    SETTLE;
+}
+
+// Keys and values of a page as tiles: keys for each half page and 32 coordinates, 16 pairs of coordinates × 16 keys × 2;
+// then values for each 16 coordinates, 16 pairs of keys × 16 coordinates × 2. Coordinates are padded to whole tiles.
+void page_to_tiles(const Attention& a, long page, long kv_head, uint16_t* out) {
+    const long width = a.shape->head_width, padded = (width + 31) / 32 * 32;
+    const long start = (page * a.shape->kv_heads + kv_head) * width * kPage;
+    const uint16_t *keys = static_cast<const uint16_t*>(a.pages.keys) + start,
+                   *values = static_cast<const uint16_t*>(a.pages.values) + start;
+    for (long half = 0; half < 2; ++half)
+        for (long d = 0; d < padded; d += 2, out += 32) {
+            Floats even = d < width ? load_halves(keys + d * kPage + half * kLanes) : all(0.0f);
+            Floats odd = d + 1 < width ? load_halves(keys + (d + 1) * kPage + half * kLanes) : all(0.0f);
+            _mm512_storeu_si512(out, two_columns(even, odd));
+        }
+    for (long d = 0; d < padded; d += kLanes)
+        for (long key = 0; key < kPage; key += 2, out += 32) {
+            Floats two[2];
+            for (int i = 0; i < 2; ++i) {
+                const uint16_t* at = values + (key + i) * width + d;
+                if (d + kLanes <= width) {
+                    two[i] = load_halves(at);
+                } else {
+                    uint16_t rest[kLanes] = {};
+                    for (long c = d; c < width; ++c) rest[c - d] = at[c - d];
+                    two[i] = load_halves(rest);
+                }
+            }
+            _mm512_storeu_si512(out, two_columns(two[0], two[1]));
+        }
+}
+
+// Scores of one query to shares in bfloat16, not yet divided by their sum, which is returned.
+INLINE float shares_to_tiles(float* x, const Reach& reach, long padded, float scale, const float* bias,
+                             const Attention& a, long position, uint16_t* out) {
+    if (bias)
+        for (long key = reach.first; key < reach.end; ++key) {
+            long apart = key - position;
+            x[key] = x[key] * scale + bias[apart < -a.reach ? -a.reach : apart > a.reach ? a.reach : apart];
+        }
+    const float step = bias ? 1.0f : scale;
+    for (long key = 0; key < reach.first; ++key) x[key] = -INFINITY;
+    for (long key = reach.end; key < padded; ++key) x[key] = -INFINITY;
+    Floats most = all(-INFINITY);
+    for (long key = 0; key < padded; key += kLanes) most = larger(most, load(x + key));
+    const Floats top = all(peak(most) * step);
+    Floats sums = all(0.0f);
+    for (long key = 0; key < padded; key += kPage) {
+        Floats one = exponential(load(x + key) * all(step) - top);
+        Floats two = exponential(load(x + key + kLanes) * all(step) - top);
+        sums = sums + one + two;
+        _mm512_storeu_si512(out + key * 16, (__m512i)_mm512_cvtne2ps_pbh((__m512)two, (__m512)one));
+    }
+    return total(sums);
+}
+
+// See `attend`. `tiles`: the pages of the sequence in order, from `page_to_tiles`.
+void attend_tiles(const Attention& a, long first, long rows, long kv_head, long begin, const uint16_t* tiles,
+                  float* scratch) {
+    const Shape& shape = *a.shape;
+    const long width = shape.head_width, padded = (width + 31) / 32 * 32, group = shape.heads / shape.kv_heads;
+    const long page_size = 2 * padded * kPage;
+    Reach reach[16];
+    long last = 0;
+    for (long r = 0; r < rows; ++r) {
+        reach[r] = reach_of(a, first + (begin + r) / group);
+        last = reach[r].end > last ? reach[r].end : last;
+    }
+    const long pages = (last + kPage - 1) / kPage, keys = pages * kPage, stride = keys + kLanes;
+    float* scores = scratch;                                                       // (16, stride)
+    uint16_t* shares = reinterpret_cast<uint16_t*>(scores + 16 * stride);          // (pages, 16, 32)
+    uint16_t* queries = shares + pages * 16 * kPage;                               // (padded / 32, 16, 32)
+    float* found = reinterpret_cast<float*>(queries + 16 * padded);                // (16, padded)
+    std::memset(queries, 0, sizeof(uint16_t) * 16 * size_t(padded));
+    for (long r = 0; r < rows; ++r) {
+        const float* from = a.queries + (first + (begin + r) / group) * a.queries_width +
+                            (kv_head * group + (begin + r) % group) * width;
+        for (long d = 0; d < width; ++d) queries[(d / 32 * 16 + r) * 32 + d % 32] = to_bfloat16(from[d]);
+    }
+    SETTLE;
+    for (long p = 0; p < pages; ++p) {
+        const uint16_t* half = tiles + p * page_size;
+        _tile_zero(0);
+        _tile_zero(1);
+        for (long d = 0; d < padded / 32; ++d) {
+            _tile_loadd(4, queries + d * 512, 64);
+            _tile_loadd(6, half + d * 512, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, half + padded * 16 + d * 512, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        _tile_stored(0, scores + p * kPage, 4 * stride);
+        _tile_stored(1, scores + p * kPage + kLanes, 4 * stride);
+    }
+    SETTLE;
+    float sums[16];
+    for (long r = 0; r < rows; ++r) {
+        const long head = kv_head * group + (begin + r) % group, token = first + (begin + r) / group;
+        const float* bias = a.bias ? a.bias + head * (2 * a.reach + 1) + a.reach : nullptr;
+        sums[r] = shares_to_tiles(scores + r * stride, reach[r], keys, float(a.operation->scale), bias, a,
+                                  a.batch->positions[token], shares + r * kPage);
+    }
+    SETTLE;
+    for (long d = 0; d < padded; d += 32) {
+        _tile_zero(0);
+        _tile_zero(1);
+        for (long p = 0; p < pages; ++p) {
+            const uint16_t* values = tiles + p * page_size + padded * kPage + d * kPage;
+            _tile_loadd(4, shares + p * 512, 64);
+            _tile_loadd(6, values, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, values + 512, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        _tile_stored(0, found + d, 4 * padded);
+        _tile_stored(1, found + d + kLanes, 4 * padded);
+    }
+    SETTLE;
+    for (long r = 0; r < rows; ++r) {
+        float* to = a.out + (first + (begin + r) / group) * a.out_width + (kv_head * group + (begin + r) % group) * width;
+        const float inverse = 1.0f / sums[r];
+        for (long d = 0; d < width; ++d) to[d] = found[r * padded + d] * inverse;
+    }
+}

@@ -1,0 +1,72 @@
+"""lexmill's own engine as one more runtime of `verify`: its logits and its greedy texts against those of torch.
+
+Tokenizer and template are lexmill's own on both sides, so they are not asked again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lexmill.inference.language_model import LanguageModel, load
+from lexmill.inference.native.library import available
+from lexmill.inference.sampling import log_softmax
+from lexmill.model.directory import ModelDirectory
+from lexmill.runtimes.verify_checks import Comparison
+from lexmill.runtimes.verify_reference import Reference
+from lexmill.runtimes.verify_report import Check
+from lexmill.runtimes.verify_tolerances import TOLERANCES, exact_tolerance, tolerance_of
+
+
+class EngineRuntime:
+    """A model in the engine: what `Comparison` asks of it."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+
+    def logprobs(self, prompts: Sequence[Sequence[int]], vocabulary: int) -> np.ndarray:
+        """Log-probabilities of what follows each: (prompts, vocabulary)."""
+        return log_softmax(np.stack([self._model.logits(ids)[-1] for ids in prompts]))
+
+    def greedy(self, ids: Sequence[int], max_tokens: int) -> list[int]:
+        """A greedy continuation."""
+        return self._model.generate_ids(ids, max_tokens=max_tokens)
+
+
+@contextlib.contextmanager
+def open_engine(path: Path) -> Iterator[EngineRuntime]:
+    """A model directory or a GGUF file in the engine."""
+    model = load(path, backend="native")
+    try:
+        yield EngineRuntime(model)
+    finally:
+        model.close()
+
+
+def has_engine(shape: str) -> bool:
+    """Whether the engine is built and its answers of this shape are compared."""
+    return shape == "decoder" and available()
+
+
+def reference_of_directory(reference: Reference, directory: ModelDirectory) -> tuple[Reference, Any]:
+    """lexmill's side for a model directory in the engine, and the tolerance.
+
+    Weights of 16 bits are multiplied with activations of 16 bits; what that costs is measured, as for files.
+    """
+    weights = directory.weights()
+    types = {own: directory.weight_dtype(own) for own in weights}
+    if set(types.values()) == {"F32"}:
+        return reference, exact_tolerance(reference.spread)
+    rounding = reference.with_weights(weights, types, {})
+    return rounding, tolerance_of(rounding.noise) if rounding.noise else TOLERANCES["bf16"]
+
+
+def compare_engine(name: str, runtime: Any, reference: Reference, tolerance: Any) -> Iterator[Check]:
+    """The checks of the engine; it rounds less than other runtimes do, so how it rounds is not compared."""
+    comparison = Comparison(name, runtime, reference, tolerance)
+    yield comparison.logits()
+    yield comparison.greedy()
