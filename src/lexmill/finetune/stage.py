@@ -142,12 +142,8 @@ def finetune(
     model, adapter = learning_model(config, base, progress)
     if lesson.begin:
         lesson.begin(model.to(processes.device), config.micro_rows or config.rows, progress)
-    rows = {
-        "rows": config.rows,
-        "length": lesson.length,
-        "decoder_length": lesson.decoder_length,
-        "pad_id": lesson.pad,
-    }
+    lengths = {"length": lesson.length, "decoder_length": lesson.decoder_length}
+    rows = {"rows": config.rows, "pad_id": lesson.pad, **lengths}
     held_out = fixed_batches(lesson.validation, **rows) if lesson.validation else []
     on_device = [batch.to(processes.device) for batch in held_out]
 
@@ -192,24 +188,30 @@ def finetune(
     }
     fitted: dict[str, Any] = {}
     if lesson.after:
-        whole = model
-        if processes.group and config.sharding == "shard":
-            whole = _in_one_piece(model, adapter, base).to(processes.device)
+        whole = _in_one_piece(model, adapter, base, config, processes)
         fitted = lesson.after(whole)
         if tune and lesson.held_out:
             fitted = tune(config.task, whole, base.tokenizer, fitted, lesson.held_out)
     return _finished(model, adapter, base, out, processes, history, fitted, result), result
 
 
-def _in_one_piece(model: Transformer, adapter: Adapter | None, base: ModelDirectory) -> Transformer:
-    """A copy of a model that is spread over processes; all of them call this."""
+def _in_one_piece(
+    model: Transformer,
+    adapter: Adapter | None,
+    base: ModelDirectory,
+    config: FinetuneConfig,
+    processes: Processes,
+) -> Transformer:
+    """The model, or where it is spread over processes a copy of all of it; all of them call this."""
+    if not (processes.group and config.sharding == "shard"):
+        return model
     copy = build_model(base.config)
     if adapter is None:
         copy.load_weights(model.weights())
     else:
         copy.load_weights(base.weights_on_demand())
         add_adapter(copy, read_adapter(model, adapter))
-    return copy.eval()
+    return copy.eval().to(processes.device)
 
 
 def learning_model(
