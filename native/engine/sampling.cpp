@@ -113,6 +113,44 @@ int64_t draw(const LexmillChoice& c, const float* logits, double best) {
   return found.back().id;
 }
 
+constexpr int64_t kBlock = 512, kLanes = 16;
+
+// The highest logit, and that of each block; `sound` says whether all are numbers and none is plus infinity. The lanes
+// are there so that the compiler may take vectors: one maximum after the other would wait for each comparison.
+float highest(const float* logits, int64_t count, std::vector<float>& peaks, bool& sound) {
+  constexpr float kLeast = -std::numeric_limits<float>::infinity(), kMost = std::numeric_limits<float>::max();
+  peaks.clear();
+  float best = kLeast;
+  int32_t wrong = 0;
+  for (int64_t start = 0; start < count; start += kBlock) {
+    const int64_t end = std::min(count, start + kBlock);
+    float lanes[kLanes];
+    int32_t bad[kLanes] = {};
+    std::fill(lanes, lanes + kLanes, kLeast);
+    int64_t at = start;
+    for (; at + kLanes <= end; at += kLanes)
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const float x = logits[at + lane];
+        lanes[lane] = lanes[lane] < x ? x : lanes[lane];
+        bad[lane] |= !(x <= kMost);
+      }
+    for (; at < end; ++at) {
+      lanes[0] = lanes[0] < logits[at] ? logits[at] : lanes[0];
+      wrong |= !(logits[at] <= kMost);
+    }
+    for (int32_t one : bad) wrong |= one;
+    peaks.push_back(*std::max_element(lanes, lanes + kLanes));
+    best = std::max(best, peaks.back());
+  }
+  sound = !wrong;
+  return best;
+}
+
+int64_t first_of(const float* logits, int64_t count, float best, const std::vector<float>& peaks) {
+  const int64_t start = (std::find(peaks.begin(), peaks.end(), best) - peaks.begin()) * kBlock;
+  return std::find(logits + start, logits + std::min(count, start + kBlock), best) - logits;
+}
+
 // The likeliest ids with their log-probabilities, by the logits as they came.
 void tell(LexmillChoice& c, int64_t chosen) {
   const float best = *std::max_element(c.logits, c.logits + c.vocabulary);
@@ -145,16 +183,13 @@ extern "C" __attribute__((visibility("default"))) int64_t lexmill_choose(Lexmill
         if (!(c.allowed[id / 32] >> (id % 32) & 1)) changed[id] = -std::numeric_limits<float>::infinity();
     logits = changed.data();
   }
-  float best = -std::numeric_limits<float>::infinity();
+  static thread_local std::vector<float> peaks;
   bool sound = true;
-  for (int64_t id = 0; id < c.vocabulary; ++id) {
-    sound &= logits[id] <= std::numeric_limits<float>::max();  // neither infinite nor no number
-    best = std::max(best, logits[id]);
-  }
+  const float best = highest(logits, c.vocabulary, peaks, sound);
   if (!sound) return -2;
   if (best == -std::numeric_limits<float>::infinity()) return c.allowed ? -1 : -2;
   const int64_t chosen =
-      c.temperature == 0 ? std::find(logits, logits + c.vocabulary, best) - logits : draw(c, logits, best);
+      c.temperature == 0 ? first_of(logits, c.vocabulary, best, peaks) : draw(c, logits, best);
   if (c.best) tell(c, chosen);
   return chosen;
 }
