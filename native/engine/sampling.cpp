@@ -76,16 +76,21 @@ void filter(const LexmillChoice& c, std::vector<Candidate>& found) {
   }
   for (Candidate& one : found) one.score = std::exp(one.score);
   if (c.top_p < 1) {
-    double total = 0, taken = 0;
+    double total = 0;
     for (const Candidate& one : found) total += one.score;
-    const auto later = [](const Candidate& one, const Candidate& other) { return before(other, one); };
-    std::make_heap(found.begin(), found.end(), later);
-    auto end = found.end();  // what was popped stands behind it, the likeliest last
-    while (end != found.begin() && (end == found.end() || taken / total < c.top_p)) {
-      std::pop_heap(found.begin(), end--, later);
-      taken += end->score;
+    // as a rule a few hundred of them hold what is asked for: so many are put in order, then four times as many
+    for (size_t count = 256;; count *= 4) {
+      const size_t some = std::min(count, found.size());
+      const auto end = found.begin() + static_cast<int64_t>(some);
+      if (some < found.size()) std::nth_element(found.begin(), end - 1, found.end(), before);
+      std::sort(found.begin(), end, before);
+      double taken = 0;
+      size_t kept = 0;
+      while (kept < some && (kept == 0 || taken / total < c.top_p)) taken += found[kept++].score;
+      if (kept == some && some < found.size()) continue;
+      found.resize(kept);
+      break;
     }
-    found.erase(found.begin(), end);
     ordered = false;
   }
   if (c.min_p > 0) {
