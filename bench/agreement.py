@@ -23,9 +23,9 @@ import numpy as np
 from inference_sides import LlamaCpp
 
 import lexmill
-from lexmill.devices import threads
 from lexmill.inference.native.engine import NativeEngine
-from lexmill.inference.native.interface import BLOCK, CHUNK as STEP, Batch
+from lexmill.inference.native.interface import BLOCK, Batch
+from lexmill.inference.native.interface import CHUNK as STEP
 from lexmill.inference.native.speed import open_source
 
 CHUNK = 512
@@ -87,10 +87,8 @@ def divergences(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
 def score(file: str, data: Path, chunks: int, library: str) -> dict[str, Score]:
     model = lexmill.load(file, backend="torch")
-    engine = NativeEngine.open(
-        open_source(Path(file)), threads=threads(), context=CHUNK, pages=CHUNK // BLOCK
-    )
-    peer = LlamaCpp(file, threads(), library)
+    engine = NativeEngine.open(open_source(Path(file)), threads=1, context=CHUNK, pages=CHUNK // BLOCK)
+    peer = LlamaCpp(file, 1, library)
     sides = {
         "lexmill, prompt": of_engine(engine, True),
         "llama.cpp, prompt": of_llama_cpp(peer, True),

@@ -79,12 +79,13 @@ class _Batch(ctypes.Structure):
     ]
 
 
+# Where llama_context_params has its fields, in words, and what its defaults must be for that to be true.
+_PLACES = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 2, "n_seq_max": 3, "pooling": 11, "flash": 13}
+_DEFAULTS = {0: 512, 1: 2048, 2: 512, 3: 1, 10: -1, 11: -1, 12: -1, 13: -1}
+
+
 class LlamaCpp:
     """llama.cpp's library, from the folder where a native build put it. `flash`: 1 on, 0 off, -1 its own choice."""
-
-    # where llama_context_params has its fields, in words, and what its defaults must be for that to be true
-    PLACES = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 2, "n_seq_max": 3, "pooling": 11, "flash": 13}
-    DEFAULTS = {0: 512, 1: 2048, 2: 512, 3: 1, 10: -1, 11: -1, 12: -1, 13: -1}
 
     def __init__(self, model: str, threads: int, library: str, flash: int = 1, pooled: bool = False) -> None:
         for name in ("ggml-base", "ggml-cpu", "ggml"):  # from the same folder, whatever the linker would find
@@ -115,8 +116,8 @@ class LlamaCpp:
         lib.llama_log_set(ctypes.cast(self.silent, pointer), None)
         self.model = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
         params = lib.llama_context_default_params()
-        if any(params.words[place] != value for place, value in self.DEFAULTS.items()):
-            raise SystemExit("This libllama lays its parameters out otherwise; adapt LlamaCpp.PLACES.")
+        if any(params.words[place] != value for place, value in _DEFAULTS.items()):
+            raise SystemExit("This libllama lays its parameters out otherwise; adapt _PLACES.")
         size = ROOM if pooled else 512  # an encoder's texts must lie in one physical batch
         values = {"n_ctx": ROOM, "n_batch": ROOM, "n_ubatch": size, "n_seq_max": SEQUENCES, "flash": flash}
         if pooled:
@@ -124,7 +125,7 @@ class LlamaCpp:
         contexts = []
         for sequences in (1, SEQUENCES) if not pooled else (values["n_seq_max"],):
             for name, value in (values | {"n_seq_max": sequences}).items():
-                params.words[self.PLACES[name]] = value
+                params.words[_PLACES[name]] = value
             contexts.append(lib.llama_init_from_model(self.model, params))
             lib.llama_set_n_threads(contexts[-1], threads, threads)
             lib.llama_set_embeddings(contexts[-1], pooled)
@@ -411,9 +412,10 @@ def main() -> None:
         task, what = request["task"], request["what"]
         if hasattr(side, f"before_{task}"):
             getattr(side, f"before_{task}")(what)
-        start = time.perf_counter()
+        clock = time.process_time if request["cpu_time"] else time.perf_counter
+        start = clock()
         found = getattr(side, task)(what)
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         if isinstance(found, float):  # the side knows better
             seconds = found
         vector = found[0].tolist() if isinstance(found, np.ndarray) else None

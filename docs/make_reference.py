@@ -10,7 +10,7 @@ VERBS = [
     ["tokenizer", "inspect"], ["pretrain"], ["finetune"], ["merge"], ["evaluate"], ["generate"], ["chat"], ["explain"],
     ["explain", "attention"], ["explain", "word"], ["export"],
     ["export", "hf"], ["export", "gguf"], ["export", "ollama"], ["ollama"],
-    ["ollama", "list"], ["ollama", "show"], ["ollama", "rm"], ["verify"], ["report"], ["doctor"],
+    ["ollama", "list"], ["ollama", "show"], ["ollama", "rm"], ["verify"], ["report"], ["bench"], ["doctor"],
 ]  # fmt: skip
 
 

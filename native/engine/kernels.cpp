@@ -137,12 +137,13 @@ INLINE void bytes_panel(const Matrix& m, long panel, const Inputs& in, long firs
 
 // ---- products of real numbers
 
-template <int kTokens, class Column>
-INLINE void floats_strip(long columns, Column column, const Inputs& in, long first, float* out) {
+template <int kTokens, class Column, class Ahead>
+INLINE void floats_strip(long columns, Column column, Ahead ahead, const Inputs& in, long first, float* out) {
     Floats totals[kTokens][2];
     for (int t = 0; t < kTokens; ++t) totals[t][0] = totals[t][1] = all(0.0f);
     const float* x = in.floats + first * in.columns;
     for (long c = 0; c < columns; ++c) {
+        if (kTokens == 1) ahead(c);
         Floats weights[2] = {column(0, c), column(1, c)};
         for (int t = 0; t < kTokens; ++t) {
             Floats one = all(x[t * in.columns + c]);
@@ -157,24 +158,31 @@ INLINE void floats_strip(long columns, Column column, const Inputs& in, long fir
 template <int kTokens>
 INLINE void floats_of(const Matrix& m, long strip, const Inputs& in, long first, float* out) {
     const long columns = in.columns, panel = columns * kLanes;
+    const uint8_t* values = m.values + 2 * strip * panel * (m.type == kFloat32 ? 4 : 2);
+    auto ahead = [=](long c) INLINE_LAMBDA {  // a line of the caches of each panel
+        const long line = m.type == kFloat32 ? c * 64 : c % 2 ? -1 : c * 32;
+        if (line < 0) return;
+        prefetch(values + line, 64), prefetch(values + panel * (m.type == kFloat32 ? 4 : 2) + line, 64);
+    };
     if (m.type == kFloat32) {
-        const float* w = reinterpret_cast<const float*>(m.values) + 2 * strip * panel;
-        floats_strip<kTokens>(columns, [=](int p, long c) INLINE_LAMBDA { return load(w + p * panel + c * kLanes); },
-                              in, first, out);
-    } else if (m.type == kFloat16) {
-        const uint16_t* w = reinterpret_cast<const uint16_t*>(m.values) + 2 * strip * panel;
+        const float* w = reinterpret_cast<const float*>(values);
         floats_strip<kTokens>(
-            columns, [=](int p, long c) INLINE_LAMBDA { return load_halves(w + p * panel + c * kLanes); }, in, first,
+            columns, [=](int p, long c) INLINE_LAMBDA { return load(w + p * panel + c * kLanes); }, ahead, in, first,
             out);
+    } else if (m.type == kFloat16) {
+        const uint16_t* w = reinterpret_cast<const uint16_t*>(values);
+        floats_strip<kTokens>(
+            columns, [=](int p, long c) INLINE_LAMBDA { return load_halves(w + p * panel + c * kLanes); }, ahead, in,
+            first, out);
     } else {  // bfloat16, two columns in a word
-        const uint16_t* w = reinterpret_cast<const uint16_t*>(m.values) + 2 * strip * panel;
+        const uint16_t* w = reinterpret_cast<const uint16_t*>(values);
         floats_strip<kTokens>(
             columns,
             [=](int p, long c) INLINE_LAMBDA {
                 Ints both = load_ints(w + p * panel + (c & ~1l) * kLanes);
                 return as_floats(c & 1 ? both & all(int32_t(0xffff0000)) : both << 16);
             },
-            in, first, out);
+            ahead, in, first, out);
     }
 }
 
@@ -379,6 +387,28 @@ void activate(int64_t activation, float* x, const float* times, long count) {
     }
 }
 
+void add_bias(float* sums, long rows, const float* bias, long outputs) {
+    float padded[kStrip] = {};
+    std::memcpy(padded, bias, sizeof(float) * size_t(outputs));
+    const Floats first = load(padded), second = load(padded + kLanes);
+    for (long r = 0; r < rows; ++r, sums += kStrip) {
+        save(sums, load(sums) + first);
+        save(sums + kLanes, load(sums + kLanes) + second);
+    }
+}
+
+void put(const float* sums, long rows, long outputs, bool add, float* to, long width) {
+    for (long r = 0; r < rows; ++r, sums += kStrip, to += width) {
+        if (outputs == kStrip) {
+            const Floats first = load(sums), second = load(sums + kLanes);
+            save(to, add ? load(to) + first : first);
+            save(to + kLanes, add ? load(to + kLanes) + second : second);
+        } else {
+            for (long i = 0; i < outputs; ++i) to[i] = add ? to[i] + sums[i] : sums[i];
+        }
+    }
+}
+
 float weight_at(const Matrix& m, long panel, long lane, long column) {
     const long blocks = m.blocks(), columns = blocks * kBlock, block = panel * blocks + column / kBlock;
     const long plain = (panel * columns + column) * kLanes + lane;
@@ -413,11 +443,31 @@ void row(const Matrix& m, long number, float* out, bool add) {
 // ---- keys, values, attention
 
 INLINE void turn(float* x, const float* cosines, const float* sines, long half) {
-    for (long i = 0; i < half; ++i) {
-        float first = x[i], second = x[i + half];
+    long i = 0;
+    for (; i + kLanes <= half; i += kLanes) {
+        const Floats first = load(x + i), second = load(x + i + half), c = load(cosines + i), s = load(sines + i);
+        save(x + i, first * c - second * s);
+        save(x + i + half, second * c + first * s);
+    }
+    for (; i < half; ++i) {
+        const float first = x[i], second = x[i + half];
         x[i] = first * cosines[i] - second * sines[i];
         x[i + half] = second * cosines[i] + first * sines[i];
     }
+}
+
+INLINE void to_halves(const float* x, long count, uint16_t* out) {
+#if defined(__AVX512F__)
+    if (count == kLanes)
+        return _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph((__m512)load(x), 0));
+#elif defined(__F16C__)
+    if (count == kLanes) {
+        const Floats both = load(x);
+        _mm_store_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph((__m256)both.low, 0));
+        return _mm_store_si128(reinterpret_cast<__m128i*>(out + 8), _mm256_cvtps_ph((__m256)both.high, 0));
+    }
+#endif
+    for (long i = 0; i < count; ++i) out[i] = to_half(x[i]);
 }
 
 // Keys and values of a token into its page; queries turned where they stand.
@@ -446,8 +496,14 @@ void store(const Store& s, long token) {
         } else {
             uint16_t *keys = static_cast<uint16_t*>(s.pages.keys) + start,
                      *values = static_cast<uint16_t*>(s.pages.values) + start;
-            for (long d = 0; d < width; ++d) keys[d * kPage + place] = to_half(key[d]);
-            for (long d = 0; d < width; ++d) values[place * width + d] = to_half(value[d]);
+            alignas(64) uint16_t halves[kLanes];
+            for (long d = 0; d < width; d += kLanes) {
+                const long some = width - d < kLanes ? width - d : kLanes;
+                to_halves(key + d, some, halves);
+                for (long i = 0; i < some; ++i) keys[(d + i) * kPage + place] = halves[i];
+                to_halves(value + d, some, halves);
+                std::memcpy(values + place * width + d, halves, 2 * size_t(some));
+            }
         }
     }
 }
@@ -600,7 +656,7 @@ void begin() {
 #define NAME_(x) #x
 #define NAME(x) NAME_(x)
 extern const Kernels kernels;
-const Kernels kernels = {NAME(LEXMILL_ISA), form, begin, norm, prepare, strip, activate, row, store, attend,
+const Kernels kernels = {NAME(LEXMILL_ISA), form, begin, norm, prepare, strip, add_bias, put, activate, row, store, attend,
 #if defined(LEXMILL_AMX)
                          page_to_tiles
 #else

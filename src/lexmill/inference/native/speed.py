@@ -146,5 +146,14 @@ class Runs:
         *,
         prompt: bool,
     ) -> None:
-        whole = [np.array(values, np.int32) for values in (tokens, places, rows, wanted)]
-        self.engine.forward(Batch(*whole[:3], self.tables, whole[3], prompt, self._memory))
+        self.engine.forward(
+            Batch(
+                tokens=np.array(tokens, np.int32),
+                positions=np.array(places, np.int32),
+                rows=np.array(rows, np.int32),
+                tables=self.tables,
+                wanted=np.array(wanted, np.int32),
+                prompt=prompt,
+                memory=self._memory,
+            )
+        )
