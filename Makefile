@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_OPTIONS ?=
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-slow check lint types house bench docs clean
+.PHONY: demo test test-slow test-gpu check lint types house bench docs clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ test: $(VENV)/ready
 
 test-slow: $(VENV)/ready
 	@$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/ready
+	@$(BIN)/python -m pytest tests/gpu
 
 lint: $(VENV)/ready
 	@$(BIN)/ruff format --check src tests bench examples recipes

@@ -1,13 +1,14 @@
-"""Trains a tiny model on fixed documents, alone or under torchrun; `test_processes.py` looks at what it leaves.
+"""Trains a tiny model on fixed documents, alone or under torchrun; tests look at what it leaves.
 
 python tests/train_together.py FOLDER [family=bert] [lora=q8_0] [sharding=shard] [kill=STEP] [steps=12] ...
 
-With lora=TYPE an adapter learns, and the base is kept in that type; lora=float32 keeps it whole.
+device=cuda trains on a GPU. With lora=TYPE an adapter learns, and the base is kept in that type; lora=float32 keeps it whole.
 """
 
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,11 +54,39 @@ def examples(family: str, epoch: int) -> list[Example]:
     return made
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    options = dict(argument.split("=", 1) for argument in sys.argv[2:])
+def run(folder, count, *options, fails=False):
+    """Train in `count` processes, 0 for none but this one's child; returns losses, weights, and what was said."""
+    start = [sys.executable]
+    if count:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [*start, __file__, str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return ([], {}, done.stderr) if fails else (*left(folder), done.stderr)
+
+
+def left(folder):
+    """The losses of the steps, and the weights in the end."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    with np.load(folder / "weights.npz") as file:
+        weights = {name: file[name] for name in file.files}
+    return [line["loss"] for line in lines if "loss" in line], weights
+
+
+def close(one, other, tolerance):
+    return all(np.abs(one[name] - other[name]).max() < tolerance for name in one)
+
+
+def same(one, other):
+    return all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def main(arguments: list[str]) -> None:
+    folder = Path(arguments[0])
+    options = dict(argument.split("=", 1) for argument in arguments[1:])
     family, kill = options.pop("family", "llama"), int(options.pop("kill", 0))
     dropout, lora = float(options.pop("dropout", 0)), options.pop("lora", "")
+    device = options.pop("device", "cpu")
     values = {
         name: json.loads(value) if value[0] in "0123456789tfn{" else value for name, value in options.items()
     }
@@ -79,7 +108,7 @@ def main() -> None:
         adapter = begin_adapter(model, LoraConfig(rank=4, dropout=dropout), seed=0)
         add_adapter(model, adapter)
     loss = {"llama": causal_loss, "bert": masked_loss, "t5": sequence_loss}[family]
-    processes = Processes.join("cpu")
+    processes = Processes.join(device, deterministic=config.deterministic)
     steps = 0
 
     def objective(model, batch):
@@ -122,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

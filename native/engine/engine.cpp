@@ -338,30 +338,16 @@ class Engine {
         const long outputs = std::min(kStrip, long(m.rows) - at);
         uint8_t* scratch = own.scratch->as<uint8_t>();
         kernels_.strip(m, inside, inputs, row, rows, prompt, sums, scratch);
-        add_bias(o.biases[part], at, outputs, sums, rows);
+        if (o.biases[part] >= 0) kernels_.add_bias(sums, rows, vector(o.biases[part]) + at, outputs);
         if (o.gated) {
             times = sums + (rows + 31) / 32 * 32 * kStrip;
             kernels_.strip(*parts[1], inside, inputs, row, rows, prompt, times, scratch);
-            add_bias(o.biases[1], at, outputs, times, rows);
+            if (o.biases[1] >= 0) kernels_.add_bias(times, rows, vector(o.biases[1]) + at, outputs);
         }
         if (o.activation != kNone) kernels_.activate(o.activation, sums, times, rows * kStrip);
         const long width = o.to < 0 ? m.rows : widths_[size_t(o.to)];
-        float* to = (o.to < 0 ? out_ : buffer(o.to, 0)) + offset + at;
-        for (long r = 0; r < rows; ++r) {
-            float* put = to + (row + r) * width;
-            const float* sum = sums + r * kStrip;
-            if (o.add)
-                for (long i = 0; i < outputs; ++i) put[i] += sum[i];
-            else
-                for (long i = 0; i < outputs; ++i) put[i] = sum[i];
-        }
-    }
-
-    void add_bias(int64_t index, long at, long outputs, float* sums, long rows) const {
-        if (index < 0) return;
-        const float* bias = vector(index) + at;
-        for (long r = 0; r < rows; ++r)
-            for (long i = 0; i < outputs; ++i) sums[r * kStrip + i] += bias[i];
+        float* to = (o.to < 0 ? out_ : buffer(o.to, 0)) + offset + at + row * width;
+        kernels_.put(sums, rows, outputs, o.add, to, width);
     }
 
     Pages pages_of(int64_t slot) const {

@@ -122,6 +122,9 @@ struct Kernels {
     // (tokens, kStrip) products of rows [first, first + tokens) with a strip of a matrix
     void (*strip)(const Matrix& matrix, long strip, const Inputs& inputs, long first, long tokens, bool prompt,
                   float* out, uint8_t* scratch);
+    // Rows of kStrip sums, of which `outputs` count: a bias added; put where they belong, or added to what is there.
+    void (*add_bias)(float* sums, long rows, const float* bias, long outputs);
+    void (*put)(const float* sums, long rows, long outputs, bool add, float* to, long width);
     void (*activate)(int64_t activation, float* x, const float* times, long count);
     void (*row)(const Matrix& matrix, long row, float* out, bool add);  // a row in float32
     void (*store)(const Store& store, long token);

@@ -387,6 +387,28 @@ void activate(int64_t activation, float* x, const float* times, long count) {
     }
 }
 
+void add_bias(float* sums, long rows, const float* bias, long outputs) {
+    float padded[kStrip] = {};
+    std::memcpy(padded, bias, sizeof(float) * size_t(outputs));
+    const Floats first = load(padded), second = load(padded + kLanes);
+    for (long r = 0; r < rows; ++r, sums += kStrip) {
+        save(sums, load(sums) + first);
+        save(sums + kLanes, load(sums + kLanes) + second);
+    }
+}
+
+void put(const float* sums, long rows, long outputs, bool add, float* to, long width) {
+    for (long r = 0; r < rows; ++r, sums += kStrip, to += width) {
+        if (outputs == kStrip) {
+            const Floats first = load(sums), second = load(sums + kLanes);
+            save(to, add ? load(to) + first : first);
+            save(to + kLanes, add ? load(to + kLanes) + second : second);
+        } else {
+            for (long i = 0; i < outputs; ++i) to[i] = add ? to[i] + sums[i] : sums[i];
+        }
+    }
+}
+
 float weight_at(const Matrix& m, long panel, long lane, long column) {
     const long blocks = m.blocks(), columns = blocks * kBlock, block = panel * blocks + column / kBlock;
     const long plain = (panel * columns + column) * kLanes + lane;
@@ -421,11 +443,31 @@ void row(const Matrix& m, long number, float* out, bool add) {
 // ---- keys, values, attention
 
 INLINE void turn(float* x, const float* cosines, const float* sines, long half) {
-    for (long i = 0; i < half; ++i) {
-        float first = x[i], second = x[i + half];
+    long i = 0;
+    for (; i + kLanes <= half; i += kLanes) {
+        const Floats first = load(x + i), second = load(x + i + half), c = load(cosines + i), s = load(sines + i);
+        save(x + i, first * c - second * s);
+        save(x + i + half, second * c + first * s);
+    }
+    for (; i < half; ++i) {
+        const float first = x[i], second = x[i + half];
         x[i] = first * cosines[i] - second * sines[i];
         x[i + half] = second * cosines[i] + first * sines[i];
     }
+}
+
+INLINE void to_halves(const float* x, long count, uint16_t* out) {
+#if defined(__AVX512F__)
+    if (count == kLanes)
+        return _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph((__m512)load(x), 0));
+#elif defined(__F16C__)
+    if (count == kLanes) {
+        const Floats both = load(x);
+        _mm_store_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph((__m256)both.low, 0));
+        return _mm_store_si128(reinterpret_cast<__m128i*>(out + 8), _mm256_cvtps_ph((__m256)both.high, 0));
+    }
+#endif
+    for (long i = 0; i < count; ++i) out[i] = to_half(x[i]);
 }
 
 // Keys and values of a token into its page; queries turned where they stand.
@@ -454,8 +496,14 @@ void store(const Store& s, long token) {
         } else {
             uint16_t *keys = static_cast<uint16_t*>(s.pages.keys) + start,
                      *values = static_cast<uint16_t*>(s.pages.values) + start;
-            for (long d = 0; d < width; ++d) keys[d * kPage + place] = to_half(key[d]);
-            for (long d = 0; d < width; ++d) values[place * width + d] = to_half(value[d]);
+            alignas(64) uint16_t halves[kLanes];
+            for (long d = 0; d < width; d += kLanes) {
+                const long some = width - d < kLanes ? width - d : kLanes;
+                to_halves(key + d, some, halves);
+                for (long i = 0; i < some; ++i) keys[(d + i) * kPage + place] = halves[i];
+                to_halves(value + d, some, halves);
+                std::memcpy(values + place * width + d, halves, 2 * size_t(some));
+            }
         }
     }
 }
@@ -608,7 +656,7 @@ void begin() {
 #define NAME_(x) #x
 #define NAME(x) NAME_(x)
 extern const Kernels kernels;
-const Kernels kernels = {NAME(LEXMILL_ISA), form, begin, norm, prepare, strip, activate, row, store, attend,
+const Kernels kernels = {NAME(LEXMILL_ISA), form, begin, norm, prepare, strip, add_bias, put, activate, row, store, attend,
 #if defined(LEXMILL_AMX)
                          page_to_tiles
 #else

@@ -138,6 +138,8 @@ void page_to_tiles(const Attention& a, long page, long kv_head, uint16_t* out) {
         }
 }
 
+INLINE __mmask16 lanes(long count) { return __mmask16(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1); }
+
 // Scores of one query to shares in bfloat16, not yet divided by their sum, which is returned.
 INLINE float shares_to_tiles(float* x, const Reach& reach, long padded, float scale, const float* bias,
                              const Attention& a, long position, uint16_t* out) {
@@ -183,7 +185,11 @@ void attend_tiles(const Attention& a, long first, long rows, long kv_head, long 
     for (long r = 0; r < rows; ++r) {
         const float* from = a.queries + (first + (begin + r) / group) * a.queries_width +
                             (kv_head * group + (begin + r) % group) * width;
-        for (long d = 0; d < width; ++d) queries[(d / 32 * 16 + r) * 32 + d % 32] = to_bfloat16(from[d]);
+        for (long d = 0; d < width; d += 32) {
+            const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(lanes(width - d - 16), from + d + 16),
+                                                      _mm512_maskz_loadu_ps(lanes(width - d), from + d));
+            _mm512_storeu_si512(queries + (d / 32 * 16 + r) * 32, (__m512i)both);
+        }
     }
     SETTLE;
     for (long p = 0; p < pages; ++p) {
@@ -226,7 +232,9 @@ void attend_tiles(const Attention& a, long first, long rows, long kv_head, long 
     SETTLE;
     for (long r = 0; r < rows; ++r) {
         float* to = a.out + (first + (begin + r) / group) * a.out_width + (kv_head * group + (begin + r) % group) * width;
-        const float inverse = 1.0f / sums[r];
-        for (long d = 0; d < width; ++d) to[d] = found[r * padded + d] * inverse;
+        const __m512 inverse = _mm512_set1_ps(1.0f / sums[r]);
+        for (long d = 0; d < width; d += 16) {
+            _mm512_mask_storeu_ps(to + d, lanes(width - d), _mm512_mul_ps(_mm512_loadu_ps(found + r * padded + d), inverse));
+        }
     }
 }

@@ -165,6 +165,11 @@ def sha256_file(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+def is_kept_copy(path: Path | str) -> bool:
+    """Whether a file only repeats a model beside it in a form that starts faster; it comes and goes at any time."""
+    return str(path).endswith((".packed", ".gguf.tokenizer"))
+
+
 def sha256_json(value: Any) -> str:
     """The SHA-256 of a JSON value in its canonical form (sorted keys, no spaces)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""A model in the engine answers like one in torch: texts, beams, logits, heads. On the slow engine, which is exact."""
+"""A model in the engine answers like one in torch: texts, beams, logits, heads. On the slow engine and the real one."""
 
 import functools
 
@@ -10,6 +10,9 @@ from slow_engine import SlowEngine
 from lexmill.errors import ModelError
 from lexmill.inference.language_model import LanguageModel, generation_config
 from lexmill.inference.native.backend import NativeBackend
+from lexmill.inference.native.engine import NativeEngine
+from lexmill.inference.native.library import available
+from lexmill.inference.native.sources import DirectorySource
 from lexmill.inference.together import write_ids
 from lexmill.model.load import load_model
 
@@ -48,15 +51,19 @@ def made(tmp_path_factory, prose):
     return model_maker(tmp_path_factory.mktemp("models"), prose, SHAPE, KINDS)
 
 
-@pytest.fixture(scope="module")
-def both(made):
-    """The model of a name in torch, and in the engine: without noise, as only answers matter here."""
+@pytest.fixture(scope="module", params=["slow", "native"])
+def both(made, request):
+    """The model of a name in torch, and in an engine: the slow one without noise, as only answers matter here."""
+    if request.param == "native" and not available():
+        pytest.skip("the engine is not built here")
 
     @functools.cache
     def get(name):
         directory = made(name)
         network = load_model(directory)
         engine = SlowEngine(network, 64, noise=0)
+        if request.param == "native":
+            engine = NativeEngine.open(DirectorySource(directory), threads=1, pages=64, keep=False)
         backend = NativeBackend(engine, directory.weight)
         torch = LanguageModel(network, directory.tokenizer, directory.path)
         return torch, LanguageModel(network, directory.tokenizer, directory.path, backend=lambda: backend)
@@ -67,7 +74,8 @@ def both(made):
 def whole(model):
     """All pages are free, and nothing is remembered."""
     backend = model.backend
-    return backend.scheduler.store.available == backend.engine.pages and not backend.engine.read
+    kept = getattr(backend.engine, "read", None) or getattr(backend.engine, "_memory", None)
+    return backend.scheduler.store.available == backend.engine.pages and not kept
 
 
 @pytest.mark.parametrize("name", ["decoder", "t5"])
@@ -182,3 +190,22 @@ def test_heads_of_tasks_are_the_same(tmp_path, made):
         else:
             assert native.label_logits(pairs) == pytest.approx(torch.label_logits(pairs), abs=1e-4)
             assert np.ptp(torch.label_logits(pairs)) > 1e-3
+
+
+def test_a_small_model_guesses_and_must_have_the_same_tokenizer(made, tmp_path):
+    import lexmill
+    from lexmill.errors import ConfigError
+
+    if not available():
+        pytest.skip("the engine is not built here")
+    path = made("decoder").path
+    model, with_draft = lexmill.load(path, backend="native"), lexmill.load(path, draft=path)
+    assert with_draft.generate("She was", max_tokens=40) == model.generate("She was", max_tokens=40)
+    for one in (model, with_draft):
+        one.close()
+    with pytest.raises(ConfigError, match="guesses"):
+        lexmill.load(path, draft=path, backend="torch")
+    with pytest.raises(ConfigError, match="Decoders"):
+        lexmill.load(path, draft=made("t5").path).generate("She was")
+    with pytest.raises(ConfigError, match="does not run"):
+        lexmill.load(path, backend="native", quantise="q8_0")

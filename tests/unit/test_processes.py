@@ -3,42 +3,16 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from train_together import close, run, same
 
 from lexmill.train.batches import pack
 from lexmill.train.examples import IGNORED, next_token_example
 from lexmill.train.parallel import own_parts
 from lexmill.train.processes import Processes
-
-SCRIPT = Path(__file__).parents[1] / "train_together.py"
-
-
-def run(folder, count, *options, fails=False):
-    """Train in `count` processes; returns losses, weights, and what was said."""
-    start = [sys.executable]
-    if count > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command = [*start, str(SCRIPT), str(folder), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
-    if fails:
-        return [], {}, done.stderr
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    with np.load(folder / "weights.npz") as file:
-        weights = {name: file[name] for name in file.files}
-    return [line["loss"] for line in lines if "loss" in line], weights, done.stderr
-
-
-def close(one, other, tolerance):
-    return all(np.abs(one[name] - other[name]).max() < tolerance for name in one)
-
-
-def same(one, other):
-    return all(np.array_equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(
@@ -56,11 +30,24 @@ def same(one, other):
     ids=" ".join,
 )
 def test_two_processes_give_the_curve_of_one(options, tmp_path):
-    alone, weights, _ = run(tmp_path / "one", 1, *options)
+    alone, weights, _ = run(tmp_path / "one", 0, *options)
     together, shared, _ = run(tmp_path / "two", 2, *options)
     assert len(alone) == len(together) == 12
     assert np.allclose(alone, together, atol=2e-4)
     assert close(weights, shared, 5e-3)  # Muon makes small differences of a gradient's direction larger
+
+
+@pytest.mark.parametrize("sharding", ["replicate", "shard"])
+def test_torchruns_only_process_goes_the_way_of_many(sharding, tmp_path):
+    """So that FSDP and its checkpoints can be tried where there is one GPU."""
+    options = (f"sharding={sharding}", "dropout=0.1")
+    alone, weights, _ = run(tmp_path / "alone", 0, *options)
+    run(tmp_path / "one", 1, *options, "kill=30", fails=True)
+    shards = list((tmp_path / "one" / "checkpoints").glob("step-*/shards"))
+    assert bool(shards) == (sharding == "shard")
+    found, again, _ = run(tmp_path / "one", 1, *options)
+    assert np.allclose(alone, found, atol=2e-4)
+    assert close(weights, again, 5e-3)
 
 
 @pytest.mark.parametrize("sharding", ["replicate", "shard"])
@@ -77,9 +64,9 @@ def test_a_process_that_dies_stops_all_and_the_run_goes_on(sharding, tmp_path):
 @pytest.mark.parametrize("sharding", ["replicate", "shard"])
 def test_another_number_of_processes_goes_on_in_the_same_order(sharding, tmp_path):
     options = (f"sharding={sharding}",)
-    losses, whole, _ = run(tmp_path / "whole", 1, *options)
+    losses, whole, _ = run(tmp_path / "whole", 0, *options)
     run(tmp_path / "moved", 2, *options, "kill=12", fails=True)
-    found, again, _ = run(tmp_path / "moved", 1, *options)
+    found, again, _ = run(tmp_path / "moved", 0, *options)
     assert np.allclose(losses, found, atol=2e-4)
     assert close(whole, again, 5e-3)
 

@@ -8,6 +8,7 @@ import lexmill
 from lexmill.errors import ConfigError, DataError, FileError
 from lexmill.recipe import run as recipe_run
 from lexmill.recipe.config import DEFAULT_STEPS, read_recipe
+from lexmill.recipe.plan import make_plan
 
 # one token each, so that a model of any seed soon learns what tells the labels apart
 WORDS = {"red": "红", "green": "绿", "blue": "蓝"}
@@ -109,6 +110,10 @@ def test_a_base_is_opened_or_imported(folder, tmp_path):
     recipe_run.run(again, folder / "second", overrides=("finetune.steps=2",))
     weights = [folder / name / "finetune/model/model.safetensors" for name in ("first", "second")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+    # what the engine keeps beside a model is neither a change of it nor an output
+    (folder / "first/base/model/model.packed").write_bytes(b"made to start faster")
+    plan = make_plan(read_recipe(again, ("finetune.steps=2",)), folder / "second")
+    assert [one.step for one in plan if one.reason] == []
 
 
 def test_what_a_recipe_lacks_is_said(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -51,6 +52,12 @@ def generate(
         int, typer.Option("--logprobs", help="Show each token's probability and its N best rivals.", min=0)
     ] = 0,
     backend: Backend = "auto",
+    draft: Annotated[
+        Path | None,
+        typer.Option(
+            "--draft", help="A small model with the same tokenizer, which guesses ahead.", show_default=False
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -73,7 +80,7 @@ def generate(
         **read_form(json_schema, regex, grammar),
     )
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = load(model, backend=backend)
+    loaded = load(model, backend=backend, draft=draft)
     steps = loaded.stream(text, config)
     if json:
         taken = list(steps)

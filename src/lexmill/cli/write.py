@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,32 +23,31 @@ LengthPenalty = Annotated[
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Of what is written.")]
 
 
-def translate(
-    model: Model,
-    texts: Texts = None,
-    file: File = None,
-    lines: Lines = False,
-    beams: Beams = 4,
-    length_penalty: LengthPenalty = 1.0,
-    max_tokens: MaxTokens = 256,
-    json: Json = False,
-) -> None:
-    """Translate texts, in the words of the model's training (--task translate)."""
-    _write("translate", model, _given(texts, file, lines), beams, length_penalty, max_tokens, json)
+def _verb(task: str, most: int, about: str) -> Callable[..., None]:
+    """A command that writes with a model of that task, at most so many tokens unless told otherwise."""
+
+    def command(
+        model: Model,
+        texts: Texts = None,
+        file: File = None,
+        lines: Lines = False,
+        beams: Beams = 4,
+        length_penalty: LengthPenalty = 1.0,
+        max_tokens: MaxTokens = most,
+        json: Json = False,
+    ) -> None:
+        _write(task, model, _given(texts, file, lines), beams, length_penalty, max_tokens, json)
+
+    command.__name__, command.__doc__ = task, about
+    return command
 
 
-def summarise(
-    model: Model,
-    texts: Texts = None,
-    file: File = None,
-    lines: Lines = False,
-    beams: Beams = 4,
-    length_penalty: LengthPenalty = 1.0,
-    max_tokens: MaxTokens = 128,
-    json: Json = False,
-) -> None:
-    """Summarise texts, in the words of the model's training (--task summarise)."""
-    _write("summarise", model, _given(texts, file, lines), beams, length_penalty, max_tokens, json)
+translate = _verb(
+    "translate", 256, "Translate texts, in the words of the model's training (--task translate)."
+)
+summarise = _verb(
+    "summarise", 128, "Summarise texts, in the words of the model's training (--task summarise)."
+)
 
 
 def _given(texts: list[str] | None, file: Path | None, lines: bool) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lexmill.data.labelled import Row
+from lexmill.devices import process_count
 from lexmill.errors import DataError
 from lexmill.files import write_json
 from lexmill.finetune.answer import answer_lesson
@@ -23,6 +24,7 @@ from lexmill.finetune.prefer import prefer_lesson
 from lexmill.finetune.rows import TaskData
 from lexmill.finetune.summarise import summarise_lesson
 from lexmill.finetune.translate import translate_lesson
+from lexmill.model.adapted import keep_in_bfloat16
 from lexmill.model.adapter import Adapter
 from lexmill.model.adapter_files import AdapterDirectory, write_adapter
 from lexmill.model.build import build_model
@@ -37,7 +39,8 @@ from lexmill.train.batches import Loader, fixed_batches
 from lexmill.train.loop import Hooks, TrainResult, train
 from lexmill.train.metrics import write_samples
 from lexmill.train.objective import measure
-from lexmill.train.processes import Processes
+from lexmill.train.precision import choose_precision
+from lexmill.train.processes import Processes, find_device
 
 __all__ = ["FinetuneConfig", "finetune", "make_lesson", "task_data"]
 
@@ -129,22 +132,18 @@ def finetune(
         ModelError: a model that does not fit the task.
         ConfigError: an adapter of modules that the model does not have.
     """
-    processes = Processes.join(config.device)
+    processes = Processes.join(config.device, deterministic=config.deterministic)
     if not processes.first:
         progress = SILENT
     lesson = lesson or make_lesson(config, base, data, validation)
     base = lesson.base or base
     form = task_data(config, data).form
     progress.say(f"  {lesson.told}" + (f", rows of the form '{form}'" if form else ""))
-    model, adapter = _build(config, base, progress)
+    model, adapter = learning_model(config, base, progress)
     if lesson.begin:
         lesson.begin(model.to(processes.device), config.micro_rows or config.rows, progress)
-    rows = {
-        "rows": config.rows,
-        "length": lesson.length,
-        "decoder_length": lesson.decoder_length,
-        "pad_id": lesson.pad,
-    }
+    lengths = {"length": lesson.length, "decoder_length": lesson.decoder_length}
+    rows = {"rows": config.rows, "pad_id": lesson.pad, **lengths}
     held_out = fixed_batches(lesson.validation, **rows) if lesson.validation else []
     on_device = [batch.to(processes.device) for batch in held_out]
 
@@ -188,20 +187,35 @@ def finetune(
         **lesson.facts,
     }
     fitted: dict[str, Any] = {}
-    if lesson.after and not _is_spread(config, processes):
-        fitted = lesson.after(model)
+    if lesson.after:
+        whole = _in_one_piece(model, adapter, base, config, processes)
+        fitted = lesson.after(whole)
         if tune and lesson.held_out:
-            fitted = tune(config.task, model, base.tokenizer, fitted, lesson.held_out)
+            fitted = tune(config.task, whole, base.tokenizer, fitted, lesson.held_out)
     return _finished(model, adapter, base, out, processes, history, fitted, result), result
 
 
-def _is_spread(config: FinetuneConfig, processes: Processes) -> bool:
-    """Whether no process has the whole model, so that nothing can be fitted with it."""
-    return processes.world > 1 and config.sharding == "shard"
+def _in_one_piece(
+    model: Transformer,
+    adapter: Adapter | None,
+    base: ModelDirectory,
+    config: FinetuneConfig,
+    processes: Processes,
+) -> Transformer:
+    """The model, or where it is spread over processes a copy of all of it; all of them call this."""
+    if not (processes.group and config.sharding == "shard"):
+        return model
+    copy = build_model(base.config)
+    if adapter is None:
+        copy.load_weights(model.weights())
+    else:
+        copy.load_weights(base.weights_on_demand())
+        add_adapter(copy, read_adapter(model, adapter))
+    return copy.eval().to(processes.device)
 
 
-def _build(
-    config: FinetuneConfig, base: ModelDirectory, progress: Progress
+def learning_model(
+    config: FinetuneConfig, base: ModelDirectory, progress: Progress = SILENT
 ) -> tuple[Transformer, Adapter | None]:
     """The model as it learns: all of it, or frozen with an adapter in it."""
     lora = config.lora
@@ -219,6 +233,10 @@ def _build(
         return model, None
     adapter = begin_adapter(model, lora, config.seed)
     add_adapter(model, adapter)
+    place = find_device(config.device).type
+    shared = process_count() > 1 and config.sharding == "shard"  # FSDP wants one format for all of a block
+    if place == "cpu" and not shared and choose_precision(config.precision, place) == "bfloat16":
+        keep_in_bfloat16(model)
     kept = f", the base in {lora.quantise}" if lora.quantise else ""
     progress.say(
         f"  an adapter of {adapter.parameters:,} weights for {base.config.parameters:,} "

@@ -373,7 +373,12 @@ def find_model(path: Path | str) -> Path:
 
 
 def load(
-    path: Path | str, *, base: Path | str | None = None, quantise: str = "", backend: str = "auto"
+    path: Path | str,
+    *,
+    base: Path | str | None = None,
+    quantise: str = "",
+    backend: str = "auto",
+    draft: Path | str | None = None,
 ) -> LanguageModel:
     """Load a model directory, the final model of a run directory, an adapter on its base, or a GGUF file.
 
@@ -383,17 +388,22 @@ def load(
             the same answers. In torch only: the engine takes a file that is quantised.
         backend: "native" is lexmill's own engine, "torch" is torch; "auto" is the engine where it is built
             and holds the model.
+        draft: a small model with the same tokenizer, a directory or a GGUF file, which guesses ahead in the
+            engine. The text stays the same.
 
     Raises:
         FileError, FormatError, ModelError: the model is incomplete, damaged or not supported, or asked of a
             backend that does not have it.
-        ConfigError: there is no such backend.
+        ConfigError: there is no such backend, or it does not do what else was asked.
     """
     from lexmill.model.adapter_files import AdapterDirectory, is_adapter
 
     check_backend(backend)
-    if Path(path).suffix.lower() == ".gguf" and Path(path).is_file():
-        return _load_gguf(Path(path), backend)
+    small = None if draft is None else _open_draft(Path(draft))
+    if _is_gguf(Path(path)):
+        if quantise or base is not None:
+            raise ConfigError(f"{path} is a GGUF file, which is quantised already and has no base.")
+        return _load_gguf(Path(path), backend, small)
     adapter = None
     if is_adapter(path):
         opened = AdapterDirectory.open(path, find_model(base) if base is not None else None)
@@ -409,7 +419,7 @@ def load(
 
     tokenizer = directory.tokenizer if directory.has_tokenizer else None
     problem = "an adapter" if adapter is not None else f"quantise='{quantise}'" if quantise else ""
-    engine = engine_for(directory, backend, problem)
+    engine = engine_for(directory, backend, problem, small)
     return LanguageModel(
         network if engine else network(),
         tokenizer,
@@ -420,7 +430,15 @@ def load(
     )
 
 
-def _load_gguf(path: Path, backend: str) -> LanguageModel:
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def _open_draft(path: Path) -> ModelDirectory | GGUFModel:
+    return GGUFModel(GGUFFile.open(path)) if _is_gguf(path) else ModelDirectory.open(find_model(path))
+
+
+def _load_gguf(path: Path, backend: str, draft: ModelDirectory | GGUFModel | None) -> LanguageModel:
     model = GGUFModel(GGUFFile.open(path))  # stays open: weights are read from it when they are asked for
 
     def network() -> Any:
@@ -430,7 +448,7 @@ def _load_gguf(path: Path, backend: str) -> LanguageModel:
         network.load_weights(model.weights)
         return network.eval()
 
-    engine = engine_for(model, backend)
+    engine = engine_for(model, backend, "", draft)
     return LanguageModel(
         network if engine else network(),
         lambda: model.kept_tokenizer,

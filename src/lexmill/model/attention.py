@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lexmill.model.adapted import adapted
 from lexmill.model.attend import attend, attend_joined, attention_weights
 from lexmill.model.cache import LayerCache
 from lexmill.model.config import ModelConfig
@@ -64,7 +65,9 @@ class Attention(nn.Module):
         if all(type(part) is Linear for part in parts):
             bias = torch.cat([part.bias for part in parts]) if self.config.qkv_bias else None
             return linear(x, bias, *(part.weight for part in parts))
-        return torch.cat([part(x) for part in parts], -1)  # adapted or quantised layers
+        found = adapted(x, parts)
+        # else layers that are quantised, say
+        return torch.cat([part(x) for part in parts], -1) if found is None else found[0]
 
     def _split(self, joined: Tensor, scope: Scope) -> tuple[Tensor, Tensor, Tensor]:
         """Each of the three, normed and turned: (batch, heads or kv_heads, time, head_width)."""

@@ -10,7 +10,7 @@ from lexmill.model.config import ModelConfig
 
 
 class LayerCache:
-    """Keys and values of one layer, each (rows, kv_heads, room, head_width); grows by doubling.
+    """Keys and values of one layer, each (rows, kv_heads, room, head_width); grows by doubling, where the keys lie.
 
     `memory` holds the keys and values that cross-attention made of what the encoder read.
     """
@@ -27,15 +27,15 @@ class LayerCache:
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
             room = max(64, end, 2 * self.keys.shape[2])
-            self.keys, self.values = (self._grown(old, room) for old in (self.keys, self.values))
+            self.keys, self.values = (self._grown(old, room, keys.device) for old in (self.keys, self.values))
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def _grown(self, old: Tensor, room: int) -> Tensor:
+    def _grown(self, old: Tensor, room: int, device: torch.device) -> Tensor:
         rows, heads, _, width = old.shape
-        new = torch.zeros((rows, heads, room, width), dtype=old.dtype)
+        new = torch.zeros((rows, heads, room, width), dtype=old.dtype, device=device)
         new[:, :, : self.length] = old[:, :, : self.length]
         return new
 
@@ -72,8 +72,8 @@ class Cache:
             layer.reorder(rows)
         self.padding = None if self.padding is None else self.padding[rows]
 
-    def positions(self, new: int) -> Tensor:
-        """Positions of the next `new` tokens: (rows or 1, new). Padding counts as position 0.
+    def positions(self, new: int, device: torch.device | None = None) -> Tensor:
+        """Positions of the next `new` tokens: (rows or 1, new), on `device`. Padding counts as position 0.
 
         Raises:
             ModelError: they lie beyond the model's context.
@@ -83,16 +83,16 @@ class Cache:
                 f"The text would be {self.length + new:,} tokens long, but the model's context is {self.config.context:,}.",
                 "Shorten the prompt or ask for fewer tokens.",
             )
-        positions = torch.arange(self.length, self.length + new)[None]
+        positions = torch.arange(self.length, self.length + new, device=device)[None]
         return positions if self.padding is None else (positions - self.padding[:, None]).clamp(min=0)
 
-    def mask(self, new: int) -> Tensor | None:
+    def mask(self, new: int, device: torch.device | None = None) -> Tensor | None:
         """Who may look at whom: (rows or 1, 1, new, length + new), True where it may; None when all may."""
         if new == 1 and self.padding is None:
             return None
         total = self.length + new
-        query = torch.arange(self.length, total)[:, None]
-        key = torch.arange(total)[None, :]
+        query = torch.arange(self.length, total, device=device)[:, None]
+        key = torch.arange(total, device=device)[None, :]
         allowed = (key <= query)[None]
         if self.padding is not None:
             # a padding position may look at itself: a row without any key would be undefined

@@ -39,7 +39,7 @@ class Decoder(Transformer):
         """
         time = tokens.shape[1]
         if cache is not None:
-            positions, mask = cache.positions(time), cache.mask(time)
+            positions, mask = cache.positions(time, tokens.device), cache.mask(time, tokens.device)
         elif positions is None:
             positions = torch.arange(time, device=tokens.device)[None]
         x = self.decoder(self.drop(self.embed(tokens)), positions, mask, cache=cache, record=record)

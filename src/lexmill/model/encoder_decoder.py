@@ -52,7 +52,7 @@ class EncoderDecoder(Transformer):
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + time, device=tokens.device)[None]
         if cache is not None:
-            mask = cache.mask(time)
+            mask = cache.mask(time, tokens.device)
         x = self.decoder(
             self.drop(self.embed(tokens)),
             positions,

@@ -32,7 +32,10 @@ def linear(x: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
     compiled = kernels_for(x)
     if compiled and compiled.finds_weight_gradients and _learns_in_bfloat16(weights):
         return _Linear.apply(x, bias, compiled, *weights)
-    return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights), bias)
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        weight = weight.to(x.dtype)  # a base that is kept in 16 bits
+    return F.linear(x, weight, bias)
 
 
 def _learns_in_bfloat16(weights: tuple[Tensor, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""LoRA as a wrapper of a linear layer: what the layer gives, plus what two thin matrices make of the same input."""
+"""LoRA in a model: beginning an adapter, putting it in, reading it back. The wrapped layer is in `adapted.py`."""
 
 from __future__ import annotations
 
@@ -8,49 +8,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lexmill.model.adapted import LoraLinear
 from lexmill.model.adapter import Adapter, LoraConfig, LowRank
 from lexmill.model.names import LinearLayer, linear_layers
 from lexmill.model.quantised import replace_module
 from lexmill.model.spreading import whole
 from lexmill.model.transformer import Transformer
-
-
-class LoraLinear(nn.Module):
-    """base(x) + scale · B (A dropout(x)); only A and B learn (Hu et al. 2021).
-
-    Args:
-        base: a linear layer, kept as it is.
-        a: (rank, inputs); shared by layers that Hugging Face holds as one.
-        b: (outputs, rank).
-    """
-
-    def __init__(
-        self, base: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float, dropout: float
-    ) -> None:
-        super().__init__()
-        self.base, self.lora_a, self.lora_b = base, a, b
-        self.scale, self.dropout = scale, dropout
-        self.off = False  # compute as the base does; see `without_adapter`
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.off:
-            return self.base(x)
-        seen = F.dropout(x, self.dropout) if self.training and self.dropout else x
-        return self.base(x) + F.linear(F.linear(seen, self.lora_a) * self.scale, self.lora_b)
-
-    @property
-    def weight(self) -> Tensor:
-        """(outputs, inputs): the merged weight, for who multiplies with it himself, as the loss does with a head's."""
-        if self.off:
-            return self.base.weight  # type: ignore[return-value]
-        return self.base.weight + self.scale * (self.lora_b @ self.lora_a)  # type: ignore[operator]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexmill.model import kernels
+from lexmill.model.adapted import adapted
 from lexmill.model.config import ModelConfig
 from lexmill.model.kernels import Kernels, kernels_for, learns_on_cpu
 from lexmill.model.linear import Linear
@@ -36,8 +37,10 @@ class MLP(nn.Module):
         self.compiled = kernels.ACTIVATIONS.get(config.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate(x) if self.gated else self.up(x)
-        return self.down(self._activated(gate, self.up(x) if self.gated else None))
+        if not self.gated:
+            return self.down(self._activated(self.up(x), None))
+        gate, up = adapted(x, [self.gate], [self.up]) or (self.gate(x), self.up(x))
+        return self.down(self._activated(gate, up))
 
     def _activated(self, gate: Tensor, up: Tensor | None) -> Tensor:
         compiled = kernels_for(gate)

@@ -75,6 +75,10 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         x: (batch, time, heads, D).
         table: from `rotary_table`, of shape (batch or 1, time, D / 2).
     """
+    if torch.compiler.is_compiling():  # torch.compile fuses the plain form, and fails at writing into views
+        cos, sin = (part.unsqueeze(-2).to(x.dtype) for part in table)
+        first, second = x.chunk(2, -1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
     return _Rotate.apply(x, *table)
 
 

@@ -91,7 +91,7 @@ def pretrain(
         ModelError: a tokenizer that does not fit the objective.
         TrainingError: training diverged.
     """
-    processes = Processes.join(config.device)
+    processes = Processes.join(config.device, deterministic=config.deterministic)
     if not processes.first:
         progress = SILENT
     shape = config.shape(tokenizer.vocab_size)

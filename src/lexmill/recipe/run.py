@@ -13,6 +13,7 @@ from lexmill.files import (
     atomic_write,
     exclusive_lock,
     explain_os_errors,
+    is_kept_copy,
     remove_partials,
     replace_path,
     write_json,
@@ -159,7 +160,7 @@ def _run_step(recipe: Recipe, folder: Path, planned: Planned, progress: Progress
         replace_path(work / name, folder / target)
         files = [folder / target] if (folder / target).is_file() else sorted((folder / target).rglob("*"))
         for path in files:
-            if path.is_file():
+            if path.is_file() and not is_kept_copy(path):
                 outputs[path.relative_to(folder).as_posix()] = {
                     "sha256": content_hash(path),
                     "bytes": path.stat().st_size,

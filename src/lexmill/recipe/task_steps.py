@@ -13,7 +13,7 @@ from lexmill.data.forms import read_rows
 from lexmill.data.labelled import KINDS_OF_TASKS, RowSettings
 from lexmill.data.tables import is_pair, pair_of
 from lexmill.errors import ConfigError, DataError, FileError
-from lexmill.files import sha256_file, write_json
+from lexmill.files import is_kept_copy, sha256_file, write_json
 from lexmill.pretrain.shape import ShapeConfig
 from lexmill.progress import Progress
 
@@ -112,7 +112,7 @@ def named_files(recipe: Recipe, step: str) -> list[Path]:
         paths = [source] if source else []
         if source and source.is_dir():  # of a run its model, which is what `make_base` opens
             paths = sorted(find_model(source).iterdir())
-    return [path for path in paths if path.is_file()]
+    return [path for path in paths if path.is_file() and not is_kept_copy(path)]
 
 
 def check_split(recipe: Recipe, out: Path, progress: Progress) -> dict[str, Any]:

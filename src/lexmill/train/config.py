@@ -46,6 +46,9 @@ class TrainConfig:
     max_skipped: int = 10  # steps in a row without a finite gradient, then training stops
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False  # torch.compile, on GPUs
+    deterministic: bool = (
+        False  # on GPUs: sums in one order, so that a run has the same bits each time; slower
+    )
     gradient_checkpointing: bool = False  # compute each block again on the way back: less memory, more time
     sharding: Sharding = (
         "replicate"  # with several processes: a copy of the model in each, or a part ("shard")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -9,9 +14,21 @@ from lexmill.model.kernels import kernels_for
 from lexmill.train.examples import IGNORED
 
 _ROWS = 1024  # positions whose logits exist at the same time
+_GPU_ROWS = 4096  # the same on a GPU, which is idle between products that are small
 # Logits that are worked on at once on a CPU without kernels, so that they stay in its cache.
 _CACHED = 1 << 18
 _FEWEST = 8  # positions of them, however large the vocabulary
+_FUSED: ContextVar[bool] = ContextVar("fused", default=False)
+
+
+@contextlib.contextmanager
+def fused_softmax(fused: bool) -> Iterator[None]:
+    """Let torch.compile make one kernel of what happens to logits on a GPU, while the block runs."""
+    before = _FUSED.set(fused)
+    try:
+        yield
+    finally:
+        _FUSED.reset(before)
 
 
 def linear_cross_entropy(
@@ -38,8 +55,7 @@ def linear_cross_entropy(
     total, right = hidden.new_zeros((), dtype=torch.float32), 0
     with torch.autocast(device, enabled=False):
         columns = weight.to(dtype).mT
-        for start in range(0, len(hidden), _ROWS):
-            rows = slice(start, start + _ROWS)
+        for rows in _parts(hidden):
             logits = _logits(hidden[rows].to(dtype), columns, bias)
             counts = targets[rows] != IGNORED
             picked = logits.gather(1, targets[rows, None].clamp(min=0))[:, 0]
@@ -68,8 +84,7 @@ class _LinearTokenLosses(torch.autograd.Function):
             inputs, matrix = hidden.to(dtype), weight.to(dtype)
             lost = hidden.new_zeros(len(hidden), dtype=torch.float32)
             to_hidden = torch.empty_like(inputs) if wanted and not with_weight else None
-            for start in range(0, len(inputs), _ROWS):
-                rows = slice(start, start + _ROWS)
+            for rows in _parts(inputs):
                 logits = torch.mm(inputs[rows], matrix.mT)
                 exact = logits.float()
                 picked = exact.gather(1, targets[rows, None].clamp(min=0))[:, 0]
@@ -91,8 +106,7 @@ class _LinearTokenLosses(torch.autograd.Function):
         to_hidden = torch.empty_like(inputs)
         to_weight = torch.zeros_like(matrix, dtype=torch.float32)
         with torch.autocast(inputs.device.type, enabled=False):
-            for start in range(0, len(inputs), _ROWS):
-                rows = slice(start, start + _ROWS)
+            for rows in _parts(inputs):
                 logits = torch.mm(inputs[rows], matrix.mT)
                 _to_gradient(logits, targets[rows], None)
                 logits *= scales[rows, None].to(logits.dtype)
@@ -118,12 +132,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             to_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
             to_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
             total = hidden.new_zeros((), dtype=torch.float32)
-            for start in range(0, len(inputs), _ROWS):
-                part = inputs[start : start + _ROWS]
-                logits = torch.mm(part, matrix.mT)
-                total += _to_gradient(logits, targets[start : start + _ROWS], bias)
-                torch.mm(logits, matrix, out=to_hidden[start : start + _ROWS])
-                _add_gradients(logits, part, to_weight, to_bias)
+            for rows in _parts(inputs):
+                logits = torch.mm(inputs[rows], matrix.mT)
+                total += _to_gradient(logits, targets[rows], bias)
+                torch.mm(logits, matrix, out=to_hidden[rows])
+                _add_gradients(logits, inputs[rows], to_weight, to_bias)
         ctx.save_for_backward(to_hidden, to_weight, to_bias)
         ctx.dtypes = hidden.dtype, weight.dtype
         return total
@@ -168,6 +181,8 @@ def _to_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor
     """
     if compiled := kernels_for(logits):
         return compiled.cross_entropy(logits, targets, bias).sum()
+    if logits.is_cuda and _FUSED.get():
+        return _fused_gradient()(logits, targets, bias)
     lost = logits.new_zeros((), dtype=torch.float32)
     at_once = len(logits) if logits.is_cuda else max(_CACHED // logits.shape[1], _FEWEST)
     for rows, index in zip(logits.split(at_once), targets[:, None].split(at_once)):
@@ -179,7 +194,27 @@ def _to_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor
         index = index.clamp(min=0)
         lost -= (exact.gather(1, index) * counts).sum()
         exact.exp_().scatter_add_(1, index, exact.new_full(index.shape, -1.0))  # less one at the target
-        exact *= counts
-        if exact is not rows:
-            rows.copy_(exact)
+        torch.mul(exact, counts, out=rows)  # converts in the same pass
     return lost
+
+
+def _softmax_gradient(logits: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+    """The same as `_to_gradient` in whole operations, for torch.compile."""
+    exact = logits.float() if bias is None else logits.float() + bias
+    chances, counts = torch.log_softmax(exact, -1), (targets != IGNORED)[:, None]
+    index = targets[:, None].clamp(min=0)
+    lost = -(chances.gather(1, index) * counts).sum()
+    own = torch.arange(logits.shape[1], device=logits.device)[None] == index
+    logits.copy_((chances.exp() - own.float()) * counts)
+    return lost
+
+
+@functools.lru_cache(maxsize=1)
+def _fused_gradient() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    return torch.compile(_softmax_gradient)
+
+
+def _parts(rows: Tensor) -> Iterator[slice]:
+    """Slices of (n, width) whose logits are made one after another."""
+    size = _GPU_ROWS if rows.is_cuda else _ROWS
+    return (slice(start, start + size) for start in range(0, len(rows), size))

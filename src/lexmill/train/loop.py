@@ -28,7 +28,15 @@ from lexmill.train.memory import explain_no_memory
 from lexmill.train.metrics import MetricsLog
 from lexmill.train.objective import Objective
 from lexmill.train.optimizers import OptimizerSet
-from lexmill.train.parallel import Task, gathered, own_parts, recompute_blocks, spread, synchronised
+from lexmill.train.parallel import (
+    Task,
+    gathered,
+    own_parts,
+    recompute_blocks,
+    spread,
+    synchronised,
+    uncompiled,
+)
 from lexmill.train.precision import autocast, choose_precision
 from lexmill.train.processes import Processes
 from lexmill.train.schedule import learning_rate_factor
@@ -93,7 +101,7 @@ def train(
             another process of the run was lost.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
-    processes = processes or Processes.join(config.device)
+    processes = processes or Processes.join(config.device, deterministic=config.deterministic)
     if not processes.first:
         progress = SILENT
     facts = {
@@ -161,7 +169,7 @@ class _Run:
             self.optimizers,
             keep_last=config.keep_last,
             processes=processes,
-            sharded=processes.world > 1 and config.sharding == "shard",
+            sharded=processes.group and config.sharding == "shard",
             progress=progress,
         )
         self.log = MetricsLog(folder / "metrics.jsonl" if processes.first else None)
@@ -328,7 +336,7 @@ class _Run:
             self._keep_best(figures)
         if self.hooks.sample and (position.step % config.sample_every == 0 or self.finished):
             self.model.eval()  # no dropout in what is shown
-            with gathered(self.task):
+            with gathered(self.task), uncompiled():  # texts of any length: each would be compiled anew
                 self.hooks.sample(self.model, position.step)
             self.model.train()
 

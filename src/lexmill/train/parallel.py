@@ -12,11 +12,15 @@ from torch import Tensor, nn
 
 from lexmill.model.stack import Stack
 from lexmill.train.batches import Batch
+from lexmill.train.cross_entropy import fused_softmax
 from lexmill.train.examples import IGNORED
 from lexmill.train.objective import Objective
 from lexmill.train.processes import Processes
 
 Sharding = Literal["replicate", "shard"]
+# A block is compiled once for each of: the first or a later one, packed rows or not, all rows or the last few
+# of an epoch, learning or not. torch's own limit of 8 is below that.
+_VARIANTS = 64
 
 
 class Task(nn.Module):
@@ -25,6 +29,7 @@ class Task(nn.Module):
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.model, self.objective = model, objective
+        self.fused = False  # see `fused_softmax`
 
     def forward(self, batch: Batch, scales: dict[str, float]) -> Tensor:
         """The weighted sum of what was lost.
@@ -32,7 +37,8 @@ class Task(nn.Module):
         Args:
             scales: what each kind's sum is multiplied by, usually 1 / its targets in the whole step.
         """
-        losses = self.objective(self.model, batch)
+        with fused_softmax(self.fused):
+            losses = self.objective(self.model, batch)
         parts = [
             value * (losses.weights.get(name, 1.0) * scales[name])
             for name, value in losses.sums.items()
@@ -56,13 +62,15 @@ def spread(task: Task, processes: Processes, sharding: Sharding, compiled: bool 
     process's part, and gathers a block when it is its turn (Zhao et al. 2023, "PyTorch FSDP").
 
     Args:
-        compiled: let torch.compile fuse each block; on GPUs only.
+        compiled: let torch.compile fuse each block, and the softmax over the vocabulary; on GPUs only.
     """
     task.to(processes.device)
     if compiled and processes.device.type == "cuda":
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+        task.fused = True
         for block in _blocks(task):
             block.compile()
-    if processes.world == 1:
+    if not processes.group:
         return task
     if sharding == "shard":
         from torch.distributed.fsdp import fully_shard
@@ -81,6 +89,11 @@ def spread(task: Task, processes: Processes, sharding: Sharding, compiled: bool 
         gradient_as_bucket_view=True,
         broadcast_buffers=False,
     )
+
+
+def uncompiled() -> Any:
+    """A context in which blocks that were compiled run as they are written."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def _blocks(task: Task) -> list[nn.Module]:

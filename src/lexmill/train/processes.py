@@ -33,31 +33,40 @@ class Processes:
         rank: which one this is, from 0.
         world: how many there are.
         device: where this one computes.
+        group: whether torchrun started them. Its only process goes the way of many too.
     """
 
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: bool = False
 
     @classmethod
-    def join(cls, device: str = "auto") -> Processes:
+    def join(cls, device: str = "auto", *, deterministic: bool = False) -> Processes:
         """Meet the other processes that torchrun started, if it did; else be the only one.
 
         Args:
             device: "auto" takes a GPU where torch can use one.
+            deterministic: let a GPU add up in one order only, for all of this process.
 
         Raises:
             ConfigError: a device that is not there.
         """
         chosen = find_device(device)
-        if process_count() == 1:
+        if deterministic and chosen.type == "cuda":
+            # cuBLAS reads it when the first product is made
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            settings: Any = torch.utils.deterministic
+            settings.fill_uninitialized_memory = False  # nothing here reads what it did not write
+        if process_count() == 1 and not dist.is_torchelastic_launched():
             return cls(device=chosen)
         if not dist.is_initialized():
             # with GPUs both: a step of the recipe may be told to compute on the CPU
             backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=_PATIENCE)
             atexit.register(_leave)
-        return cls(dist.get_rank(), dist.get_world_size(), chosen)
+        return cls(dist.get_rank(), dist.get_world_size(), chosen, group=True)
 
     @property
     def first(self) -> bool:
@@ -66,7 +75,7 @@ class Processes:
 
     def wait(self) -> None:
         """Until all have come here."""
-        if self.world > 1:
+        if self.group:
             dist.barrier()
 
     @contextlib.contextmanager
@@ -80,7 +89,7 @@ class Processes:
 
     def sums(self, *values: float) -> list[float]:
         """Each value added up over all processes."""
-        if self.world == 1:
+        if not self.group:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
@@ -88,7 +97,7 @@ class Processes:
 
     def as_first_says(self, value: T) -> T:
         """What the first process has for `value`."""
-        if self.world == 1:
+        if not self.group:
             return value
         box: list[Any] = [value]
         dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
@@ -97,7 +106,7 @@ class Processes:
     @contextlib.contextmanager
     def explain_loss_of_others(self) -> Iterator[None]:
         """Say in plain words that another process ended, where torch speaks of sockets or torchrun of signals."""
-        if self.world == 1:
+        if not self.group:
             yield
             return
         with self._ended_by_torchrun():

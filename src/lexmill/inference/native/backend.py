@@ -47,7 +47,7 @@ class NativeBackend:
                     "Both must have the same tokenizer.",
                 )
             drafter = DraftModel(draft).of_text
-        self.engine, self.config = engine, engine.config
+        self.engine, self.config, self._draft = engine, engine.config, draft
         self.scheduler = Scheduler(engine, limits, drafter=drafter)
         self.room: int | None = engine.pages * BLOCK
         self.heads = Heads(engine.config, weight)
@@ -95,6 +95,8 @@ class NativeBackend:
     def close(self) -> None:
         """Free the engine."""
         self.scheduler.close()
+        if self._draft is not None:
+            self._draft.close()
 
 
 class NativeSession:

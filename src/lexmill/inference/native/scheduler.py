@@ -25,6 +25,10 @@ from lexmill.inference.native.pages import OutOfPages, PageStore, Table
 from lexmill.inference.native.speculation import Drafter, Pace, PromptLookup, Speculation
 from lexmill.tokenizer.tokenizer import Tokenizer
 
+_SLACK = (
+    3  # pages that stay free for each running text when another one comes, or it would soon have to go again
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -270,7 +274,7 @@ class Scheduler:
                 text.done = text.table.begin_with(ids[: text.writing.given])
             missing = text.table.missing(text.done, len(ids) + 1)
             problem: LexmillError | None = None
-            if missing + len(self._running) > self.store.available:
+            if missing + _SLACK * len(self._running) > self.store.available:
                 problem = _no_room()
             elif text.source is not None and text.memory is None:
                 try:
