@@ -6,6 +6,7 @@ Tokenizer and template are lexmill's own on both sides, so they are not asked ag
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,34 @@ from lexmill.runtimes.verify_tolerances import TOLERANCES, exact_tolerance, tole
 
 
 class EngineRuntime:
-    """A model in the engine: what `Comparison` asks of it."""
+    """A model in the engine: what `Comparison` asks of it.
 
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
+    Args:
+        written: answer as where the model has written a text itself, behind the prompt of the last greedy text or
+            behind the first token; else as where all was given. The engine multiplies the two in different ways.
+    """
+
+    def __init__(self, model: LanguageModel, *, written: bool = True) -> None:
+        self.model, self._written = model, written
+        self._prompt: list[int] = []
 
     def logprobs(self, prompts: Sequence[Sequence[int]], vocabulary: int) -> np.ndarray:
         """Log-probabilities of what follows each: (prompts, vocabulary)."""
-        return log_softmax(np.stack([self._model.logits(ids)[-1] for ids in prompts]))
+        return log_softmax(np.stack([self._last(list(ids)) for ids in prompts]))
+
+    def _last(self, ids: list[int]) -> np.ndarray:
+        with self.model.backend.rows() as session:
+            begun = self._prompt and ids[: len(self._prompt)] == self._prompt
+            given = len(self._prompt) if begun else 1
+            if not self._written or len(ids) <= given:
+                return session.read_rows([ids])[0]
+            session.read_rows([ids[:given]])
+            return session.read_rows([ids[given:]])[0]
 
     def greedy(self, ids: Sequence[int], max_tokens: int) -> list[int]:
         """A greedy continuation."""
-        return self._model.generate_ids(ids, max_tokens=max_tokens)
+        self._prompt = list(ids)
+        return self.model.generate_ids(ids, max_tokens=max_tokens)
 
 
 @contextlib.contextmanager
@@ -65,8 +82,13 @@ def reference_of_directory(reference: Reference, directory: ModelDirectory) -> t
     return rounding, tolerance_of(rounding.noise) if rounding.noise else TOLERANCES["bf16"]
 
 
-def compare_engine(name: str, runtime: Any, reference: Reference, tolerance: Any) -> Iterator[Check]:
+def compare_engine(
+    name: str, runtime: EngineRuntime, reference: Reference, tolerance: Any
+) -> Iterator[Check]:
     """The checks of the engine; it rounds less than other runtimes do, so how it rounds is not compared."""
-    comparison = Comparison(name, runtime, reference, tolerance)
-    yield comparison.logits()
-    yield comparison.greedy()
+    as_given: Any = EngineRuntime(runtime.model, written=False)  # of the questions there are it is asked some
+    given = Comparison(name, as_given, reference, tolerance)
+    yield dataclasses.replace(given.logits(), check="prompt logits")
+    written = Comparison(name, runtime, reference, tolerance)
+    yield written.logits()
+    yield written.greedy()
