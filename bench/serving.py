@@ -86,6 +86,14 @@ def written(model: LanguageModel, prompts: list[str], tokens: int, guess: bool =
     return [step.token for text in texts for step in text if step.token is not None]
 
 
+class Shown(dict[str, object]):
+    """Figures that are printed as soon as they are known."""
+
+    def __setitem__(self, name: str, value: object) -> None:
+        print(f"{name}: {json.dumps(value)}", flush=True)
+        super().__setitem__(name, value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -97,7 +105,8 @@ def main() -> None:
     options = parser.parse_args()
     model = lexmill.load(options.model, backend="native")
     engine = model.backend.engine
-    found: dict[str, object] = {"cpu": this_machine().cpu_class, "threads": engine.threads}
+    found = Shown()
+    found["machine"] = {"cpu": this_machine().cpu_class, "threads": engine.threads}
     found["choosing, NumPy / compiled"] = choosing(options.pairs)
     for name, prompt in (("repeating", REPEATS), ("plain", PLAIN)):
         sides = [written(model, [prompt], options.tokens, guess) for guess in (False, True)]
@@ -128,10 +137,8 @@ def main() -> None:
         timed(lambda: written(model, prompts, options.tokens)),
         max(3, options.pairs // 3),
     )
-    text = json.dumps(found, indent=2)
-    print(text)
     if options.json:
-        options.json.write_text(text + "\n", "utf-8")
+        options.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -76,16 +76,21 @@ void filter(const LexmillChoice& c, std::vector<Candidate>& found) {
   }
   for (Candidate& one : found) one.score = std::exp(one.score);
   if (c.top_p < 1) {
-    double total = 0, taken = 0;
+    double total = 0;
     for (const Candidate& one : found) total += one.score;
-    const auto later = [](const Candidate& one, const Candidate& other) { return before(other, one); };
-    std::make_heap(found.begin(), found.end(), later);
-    auto end = found.end();  // what was popped stands behind it, the likeliest last
-    while (end != found.begin() && (end == found.end() || taken / total < c.top_p)) {
-      std::pop_heap(found.begin(), end--, later);
-      taken += end->score;
+    // as a rule a few hundred of them hold what is asked for: so many are put in order, then four times as many
+    for (size_t count = 256;; count *= 4) {
+      const size_t some = std::min(count, found.size());
+      const auto end = found.begin() + static_cast<int64_t>(some);
+      if (some < found.size()) std::nth_element(found.begin(), end - 1, found.end(), before);
+      std::sort(found.begin(), end, before);
+      double taken = 0;
+      size_t kept = 0;
+      while (kept < some && (kept == 0 || taken / total < c.top_p)) taken += found[kept++].score;
+      if (kept == some && some < found.size()) continue;
+      found.resize(kept);
+      break;
     }
-    found.erase(found.begin(), end);
     ordered = false;
   }
   if (c.min_p > 0) {
@@ -111,6 +116,44 @@ int64_t draw(const LexmillChoice& c, const float* logits, double best) {
     if (taken > c.uniform * total) return one.id;
   }
   return found.back().id;
+}
+
+constexpr int64_t kBlock = 512, kLanes = 16;
+
+// The highest logit, and that of each block; `sound` says whether all are numbers and none is plus infinity. The lanes
+// are there so that the compiler may take vectors: one maximum after the other would wait for each comparison.
+float highest(const float* logits, int64_t count, std::vector<float>& peaks, bool& sound) {
+  constexpr float kLeast = -std::numeric_limits<float>::infinity(), kMost = std::numeric_limits<float>::max();
+  peaks.clear();
+  float best = kLeast;
+  int32_t wrong = 0;
+  for (int64_t start = 0; start < count; start += kBlock) {
+    const int64_t end = std::min(count, start + kBlock);
+    float lanes[kLanes];
+    int32_t bad[kLanes] = {};
+    std::fill(lanes, lanes + kLanes, kLeast);
+    int64_t at = start;
+    for (; at + kLanes <= end; at += kLanes)
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const float x = logits[at + lane];
+        lanes[lane] = lanes[lane] < x ? x : lanes[lane];
+        bad[lane] |= !(x <= kMost);
+      }
+    for (; at < end; ++at) {
+      lanes[0] = lanes[0] < logits[at] ? logits[at] : lanes[0];
+      wrong |= !(logits[at] <= kMost);
+    }
+    for (int32_t one : bad) wrong |= one;
+    peaks.push_back(*std::max_element(lanes, lanes + kLanes));
+    best = std::max(best, peaks.back());
+  }
+  sound = !wrong;
+  return best;
+}
+
+int64_t first_of(const float* logits, int64_t count, float best, const std::vector<float>& peaks) {
+  const int64_t start = (std::find(peaks.begin(), peaks.end(), best) - peaks.begin()) * kBlock;
+  return std::find(logits + start, logits + std::min(count, start + kBlock), best) - logits;
 }
 
 // The likeliest ids with their log-probabilities, by the logits as they came.
@@ -145,16 +188,13 @@ extern "C" __attribute__((visibility("default"))) int64_t lexmill_choose(Lexmill
         if (!(c.allowed[id / 32] >> (id % 32) & 1)) changed[id] = -std::numeric_limits<float>::infinity();
     logits = changed.data();
   }
-  float best = -std::numeric_limits<float>::infinity();
+  static thread_local std::vector<float> peaks;
   bool sound = true;
-  for (int64_t id = 0; id < c.vocabulary; ++id) {
-    sound &= logits[id] <= std::numeric_limits<float>::max();  // neither infinite nor no number
-    best = std::max(best, logits[id]);
-  }
+  const float best = highest(logits, c.vocabulary, peaks, sound);
   if (!sound) return -2;
   if (best == -std::numeric_limits<float>::infinity()) return c.allowed ? -1 : -2;
   const int64_t chosen =
-      c.temperature == 0 ? std::find(logits, logits + c.vocabulary, best) - logits : draw(c, logits, best);
+      c.temperature == 0 ? first_of(logits, c.vocabulary, best, peaks) : draw(c, logits, best);
   if (c.best) tell(c, chosen);
   return chosen;
 }

@@ -39,11 +39,8 @@ HERE = sorted({instruction_set(name) for name in INSTRUCTION_SETS}) if available
 class Weights:
     """Random weights, stored in one type where their rows divide into its blocks."""
 
-    files: list[Path] = []
-    packed = Path("nowhere")
-
     def __init__(self, network, kind="F32"):
-        self.config = network.config
+        self.config, self.files, self.packed = network.config, [], Path("nowhere")
         self._kind, self._weights = BLOCK_TYPES[kind], network.weights()
 
     def stored(self, own):

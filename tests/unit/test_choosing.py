@@ -1,5 +1,7 @@
 """The compiled choice of the next token against what NumPy says is meant."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -57,6 +59,9 @@ def test_both_choose_the_same(options, seed, size, uniform, spread, rounded, mas
         changed = np.where(bits, penalise(logits, seen, prompt, config), -np.inf)
         ends = np.cumsum(distribution(changed, config))
         assume(np.abs(ends - uniform).min() > 1e-9)  # a draw on the border of two tokens
+        ranked = -np.sort(-distribution(changed, replace(config, top_p=1.0, min_p=0.0)))
+        assume(np.abs(np.cumsum(ranked) - config.top_p).min() > 1e-9 or config.top_p == 1)  # likewise
+        assume(np.abs(ranked - config.min_p * ranked[0]).min() > 1e-12 or not config.min_p)
     assert found.token == expected.token
     if expected.token >= 0:
         assert [one for one, _ in found.best] == [one for one, _ in expected.best]

@@ -9,15 +9,30 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ENGINE = ROOT / "native" / "engine"
-STEPS = "-ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-maybe-uninitialized".split()
-VNNI = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mavx512vnni -mprefer-vector-width=512".split()
+STEPS = [
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]
+VNNI = [
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mfma",
+    "-mf16c",
+    "-mavx512vnni",
+    "-mprefer-vector-width=512",
+]
 KINDS = {
     "x86_64": {
         "portable": [],
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
         "avx512_vnni": VNNI,
         "avx512_bf16": [*VNNI, "-mavx512bf16"],
-        "amx": [*VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DLEXMILL_AMX"],
+        "amx": [*VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-DLEXMILL_AMX"],
     },
     "aarch64": {"portable": [], "neon": ["-march=armv8.2-a+dotprod"]},
 }
@@ -44,7 +59,9 @@ def _build(folder, compiler, processor, flags):
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ on x86-64")
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_under_sanitizers(tmp_path, sanitizers):
-    program = _build(tmp_path, "g++", "x86_64", ["-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"])
+    program = _build(
+        tmp_path, "g++", "x86_64", ["-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    )
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("passed\n"), done.stdout + done.stderr[-4000:]
 

@@ -126,6 +126,10 @@ def choose(
         ModelError: the logits are no numbers.
         ValueError: nothing is allowed.
     """
+    if config.temperature == 0 and allowed is None and not best and not (config.penalises and len(seen)):
+        chosen = Chosen(int(logits.argmax()))  # which finds no number first, if there is one
+        if np.isfinite(logits[chosen.token]):
+            return chosen
     uniform = random.random() if config.temperature else 0.0
     if CHOOSE is not None:
         chosen = CHOOSE(logits, seen, given, config, uniform, allowed, best)

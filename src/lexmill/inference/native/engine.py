@@ -222,6 +222,9 @@ class NativeEngine:
         ids = arrays["ids"]
         assert ids.min() >= 0 and ids.max() < self.vocab_size, "an id outside the vocabulary"
         assert arrays["positions"].max() < self.context, "a position outside the context"
+        rows, tables = arrays["row"], arrays["tables"]
+        assert rows.min() >= 0 and rows.max() < len(tables) and tables.max() < self._all_pages
+        assert not wanted.size or (wanted.min() >= 0 and wanted.max() < count)
         arrays["wanted_tokens"] = wanted
         struct = BatchStruct(
             tokens=count,

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import os
 import sys
-from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,15 @@ def _addresses(names: str) -> list[tuple[str, Any]]:
 MatrixStruct = _struct("Matrix", _numbers("type rows columns") + _addresses("values scales minima"))
 OperationStruct = _struct(
     "Operation",
-    _numbers("kind source to")
-    + [("matrices", c_int64 * 3), ("biases", c_int64 * 3)]
-    + _numbers(
-        "norm norm_bias centred activation gated add wanted slot memory queries rotary query_norm key_norm"
-    )
-    + _numbers("causal window bias")
-    + [("epsilon", c_double), ("scale", c_double)],
+    [
+        *_numbers("kind source to"),
+        ("matrices", c_int64 * 3),
+        ("biases", c_int64 * 3),
+        *_numbers("norm norm_bias centred activation gated add wanted slot memory queries rotary"),
+        *_numbers("query_norm key_norm causal window bias"),
+        ("epsilon", c_double),
+        ("scale", c_double),
+    ],
 )
 BatchStruct = _struct(
     "Batch",
@@ -46,11 +48,13 @@ BatchStruct = _struct(
 )
 PlanStruct = _struct(
     "Plan",
-    _numbers("matrices vectors buffers")
-    + [("operations", c_int64 * 2)]
-    + _numbers("slots pages most_tokens most_keys heads kv_heads head_width exact_pages exact_scores")
-    + _addresses("matrix vector vector_size buffer_width")
-    + [("operation", c_void_p * 2)],
+    [
+        *_numbers("matrices vectors buffers"),
+        ("operations", c_int64 * 2),
+        *_numbers("slots pages most_tokens most_keys heads kv_heads head_width exact_pages exact_scores"),
+        *_addresses("matrix vector vector_size buffer_width"),
+        ("operation", c_void_p * 2),
+    ],
 )
 
 
@@ -101,16 +105,3 @@ def library() -> ctypes.CDLL:
 def instruction_set(at_most: str = INSTRUCTION_SETS[-1]) -> str:
     """The one that this computer's engine takes."""
     return str(library().lexmill_engine_instruction_set(INSTRUCTION_SETS.index(at_most)).decode())
-
-
-__all__ = [
-    "INSTRUCTION_SETS",
-    "BatchStruct",
-    "MatrixStruct",
-    "OperationStruct",
-    "PlanStruct",
-    "available",
-    "c_int32",
-    "instruction_set",
-    "library",
-]

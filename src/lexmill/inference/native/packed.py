@@ -12,14 +12,16 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from lexmill.errors import FileError
+from lexmill.errors import FileError, FormatError
 from lexmill.files import atomic_write, sha256_json
 from lexmill.formats.blocks import BLOCK_TYPES, decode
 from lexmill.inference.native.library import MatrixStruct, library
 from lexmill.inference.native.sources import Source, Stored
+from lexmill.model.names import weight_shapes
 
 FLOAT32, FLOAT16, BFLOAT16, EIGHT_BITS, FOUR_BITS = range(5)
 NAMES = ("float32", "float16", "bfloat16", "8 bits", "4 bits")
@@ -44,6 +46,7 @@ _BYTES_A_BLOCK = {
     EIGHT_BITS: 512,
     FOUR_BITS: 256,
 }  # 16 rows, 32 columns
+_MAGIC = b"LEXPACK1"
 _LINE = 64  # bytes; what a core reads at once
 
 
@@ -70,11 +73,20 @@ class Packed:
         return MatrixStruct(self.type, self.rows, self.columns, *addresses)
 
 
-def _sizes(type: int, least: bool, rows: int, columns: int) -> tuple[int, int, int]:
-    """Bytes of values, scales and minima."""
-    blocks = 2 * -(-rows // 32) * -(-columns // 32)
-    scales = blocks * 32 if type >= EIGHT_BITS else 0
-    return blocks * _BYTES_A_BLOCK[type], scales, scales if least else 0
+class _Row(NamedTuple):
+    """How a matrix is laid out."""
+
+    type: int
+    least: bool
+    rows: int
+    columns: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Bytes of values, scales and minima."""
+        blocks = 2 * -(-self.rows // 32) * -(-self.columns // 32)
+        scales = blocks * 32 if self.type >= EIGHT_BITS else 0
+        return blocks * _BYTES_A_BLOCK[self.type], scales, scales if self.least else 0
 
 
 def _plan_of(stored: Stored) -> tuple[int, bool]:
@@ -87,11 +99,9 @@ def pack(stored: Stored, room: np.ndarray | None = None, threads: int = 1) -> Pa
     Args:
         room: flat uint8, zeros, of the right size; made where not given.
     """
-    type, least = _plan_of(stored)
-    rows, columns = stored.shape
-    sizes = _sizes(type, least, rows, columns)
+    row = _Row(*_plan_of(stored), *stored.shape)
     if room is None:
-        room = np.zeros(sum(sizes), np.uint8)
+        room = np.zeros(sum(row.sizes), np.uint8)
     data, source, order = stored.data, stored.type.id, stored.order
     if stored.type.name not in _BECOMES:
         numbers = decode(data, stored.type, stored.shape)
@@ -99,8 +109,8 @@ def pack(stored: Stored, room: np.ndarray | None = None, threads: int = 1) -> Pa
             np.ascontiguousarray(numbers, np.float32).reshape(-1).view(np.uint8),
             BLOCK_TYPES["F32"].id,
         )
-    values, scales, minima = np.split(room, np.cumsum(sizes)[:2])
-    packed = Packed(type, rows, columns, values, scales, minima)
+    values, scales, minima = np.split(room, np.cumsum(row.sizes)[:2])
+    packed = Packed(row.type, row.rows, row.columns, values, scales, minima)
     data = np.ascontiguousarray(data)
     library().lexmill_engine_pack(
         packed.struct(),
@@ -122,36 +132,52 @@ def load_packed(source: Source, names: Sequence[str], threads: int, *, keep: boo
         keep: write that file where there is none, or an old one; where it cannot be written, all goes on without.
     """
     key = _key(source, names)
-    found = _open(source.packed, key)
+    shapes = weight_shapes(source.config)
+    stored = [_checked(source, name, shapes[name]) for name in names]
+    rows = [_Row(*_plan_of(one), *one.shape) for one in stored]
+    found = _open(source.packed, key, rows)
     if found is not None:
         return found
-    stored = [source.stored(name) for name in names]
-    rows = [(*_plan_of(one), *one.shape) for one in stored]
-    sizes = [_padded(sum(_sizes(*row))) for row in rows]
-    header = json.dumps({"key": key, "matrices": rows}).encode()
-    start = _padded(len(header) + 16)
-    if keep:
-        try:
-            with atomic_write(source.packed) as file:
-                file.write(b"LEXPACK1" + len(header).to_bytes(8, "little") + header)
-                file.write(b"\0" * (start - len(header) - 16))
-                for one, size in zip(stored, sizes):
-                    packed = pack(one, threads=threads)
-                    parts = [part.tobytes() for part in (packed.values, packed.scales, packed.minima)]
-                    whole = b"".join(parts)
-                    file.write(whole + b"\0" * (size - len(whole)))
-        except (FileError, OSError):
-            keep = False  # a folder that cannot be written to, or a full disk
-    if keep:
-        found = _open(source.packed, key)
+    sizes = [_padded(sum(row.sizes)) for row in rows]
+    if keep and _write(source.packed, key, stored, sizes, threads):
+        found = _open(source.packed, key, rows)
         if found is not None:
             return found
     room = _huge(sum(sizes))
     places = np.cumsum([0, *sizes])
     return [
-        pack(one, room[place : place + sum(_sizes(*row))], threads)
+        pack(one, room[place : place + sum(row.sizes)], threads)
         for one, row, place in zip(stored, rows, places)
     ]
+
+
+def _checked(source: Source, name: str, shape: tuple[int, ...]) -> Stored:
+    """A matrix whose bytes are really there: the compiled code reads without looking."""
+    stored = source.stored(name)
+    if stored.shape != shape or stored.data.size != stored.type.byte_size(shape):
+        raise FormatError(
+            f"The weight '{name}' has the shape {stored.shape} in {stored.data.size:,} bytes of {stored.type.name}, "
+            f"but the model needs {shape}.",
+            "The file is damaged, or of another model.",
+        )
+    return stored
+
+
+def _write(path: Path, key: str, stored: Sequence[Stored], sizes: Sequence[int], threads: int) -> bool:
+    """Lay matrices out into a file, one at a time; False where the folder or the disk does not let it."""
+    header = json.dumps({"key": key}).encode()
+    try:
+        with atomic_write(path) as file:
+            file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
+            file.write(b"\0" * (_padded(len(header) + 16) - len(header) - 16))
+            for one, size in zip(stored, sizes):
+                packed = pack(one, threads=threads)
+                for part in (packed.values, packed.scales, packed.minima):
+                    file.write(part.data)
+                file.write(b"\0" * (size - packed.nbytes))
+    except (FileError, OSError):
+        return False
+    return True
 
 
 def _key(source: Source, names: Sequence[str]) -> str:
@@ -161,28 +187,24 @@ def _key(source: Source, names: Sequence[str]) -> str:
     )
 
 
-def _open(path: Path, key: str) -> list[Packed] | None:
-    """What a file keeps, mapped; None if it is of other weights, of another version, or damaged."""
+def _open(path: Path, key: str, rows: Sequence[_Row]) -> list[Packed] | None:
+    """What a file keeps, mapped; None if it is of other weights, of another version, or cut off."""
     try:
         with open(path, "rb") as file:
             start = file.read(16)
             length = int.from_bytes(start[8:], "little")
-            if start[:8] != b"LEXPACK1" or length > 1 << 24:
-                return None
-            header = json.loads(file.read(length))
-            if header["key"] != key:
+            if start[:8] != _MAGIC or length > 1 << 16 or json.loads(file.read(length)) != {"key": key}:
                 return None
             data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
     found, place = [], _padded(length + 16)
-    for row in header["matrices"]:
-        sizes = _sizes(*row)
-        if place + sum(sizes) > data.size:
+    for row in rows:
+        if place + sum(row.sizes) > data.size:
             return None
-        parts = np.split(data[place : place + sum(sizes)], np.cumsum(sizes)[:2])
-        found.append(Packed(row[0], row[2], row[3], *parts))
-        place += _padded(sum(sizes))
+        parts = np.split(data[place : place + sum(row.sizes)], np.cumsum(row.sizes)[:2])
+        found.append(Packed(row.type, row.rows, row.columns, *parts))
+        place += _padded(sum(row.sizes))
     return found
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lexmill.errors import FormatError
 from lexmill.inference.native.sources import Source
 from lexmill.model.config import ModelConfig
 from lexmill.model.names import weight_shapes
@@ -235,7 +236,12 @@ class _Lowering:
         return {"matrices": (*matrices, *pad), "biases": (*biases, *pad)}
 
     def _vector(self, own: str) -> int:
-        return self.plan.vector(self.source.float32(own)) if own in self.shapes else -1
+        if own not in self.shapes:
+            return -1
+        values = self.source.float32(own)
+        if values.shape != self.shapes[own]:  # the compiled code reads without looking
+            raise FormatError(f"The weight '{own}' has the shape {values.shape}, not {self.shapes[own]}.")
+        return self.plan.vector(values)
 
     def _norm(self, own: str) -> dict[str, int | float]:
         return {

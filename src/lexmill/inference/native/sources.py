@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lexmill.errors import FormatError
 from lexmill.formats.blocks import BLOCK_TYPES, BlockType
 from lexmill.formats.gguf import GGUFFile
 from lexmill.model.config import ModelConfig
@@ -101,6 +102,12 @@ class GGUFSource:
 
     def stored(self, own: str) -> Stored:
         name, shape = self._names[own], self._shapes[own]
+        found = self.file.tensors[name.gguf].shape
+        if found != name.whole_shape(shape):
+            raise FormatError(
+                f"{self.file.path}: the tensor '{name.gguf}' has the shape {found} instead of {name.whole_shape(shape)}.",
+                "The file is damaged or incomplete; make or copy it again.",
+            )
         kind, data = self.file.tensors[name.gguf].type, self.file.raw(name.gguf)
         index, size = name.part[0], kind.byte_size(shape)
         return Stored(kind, data[index * size : (index + 1) * size], shape, self._order(name, shape))

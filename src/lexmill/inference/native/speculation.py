@@ -153,9 +153,15 @@ class Pace:
             rows: texts in a step, which share what a step costs.
         """
         fixed, each = self.costs
-        counts = np.arange(most + 1)
-        expected = np.cumsum(np.float64(rate) ** counts)
-        return int((expected / (fixed / max(rows, 1) + each * (counts + 1))).argmax())
+        fixed /= max(rows, 1)
+        best, count, expected, chance = 0.0, 0, 0.0, 1.0  # without NumPy, which takes longer for so few
+        for guesses in range(most + 1):
+            expected += chance
+            chance *= rate
+            speed = expected / (fixed + each * (guesses + 1))
+            if speed > best:
+                best, count = speed, guesses
+        return count
 
 
 class Speculation:
