@@ -82,9 +82,7 @@ def reference_of_directory(reference: Reference, directory: ModelDirectory) -> t
     return rounding, tolerance_of(rounding.noise) if rounding.noise else TOLERANCES["bf16"]
 
 
-def compare_engine(
-    name: str, runtime: EngineRuntime, reference: Reference, tolerance: Any
-) -> Iterator[Check]:
+def compare_engine(name: str, runtime: Any, reference: Reference, tolerance: Any) -> Iterator[Check]:
     """The checks of the engine; it rounds less than other runtimes do, so how it rounds is not compared."""
     as_given: Any = EngineRuntime(runtime.model, written=False)  # of the questions there are it is asked some
     given = Comparison(name, as_given, reference, tolerance)
