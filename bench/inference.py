@@ -239,12 +239,11 @@ def table(path: str) -> None:
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for line in Path(path).read_text().splitlines():
         row = json.loads(line)
-        newest[tuple(row[key] for key in ("model", "task", "peer", "cpu"))] = row
+        newest[tuple(str(row[key]) for key in ("model", "task", "peer", "cpu", "threads", "time"))] = row
     first = next(iter(newest.values()))
-    print(
-        f"{first['cpu']} ({first['cpu_class']}), {first['threads']} threads, {first['pairs']} pairs a row\n"
-    )
-    print("| file | task | peer | lexmill | peer | ratio: median (quartiles) |\n|---|---|---|---:|---:|---:|")
+    print(f"{first['cpu']} ({first['cpu_class']})\n")
+    print("| file | task | peer | lexmill | peer | ratio: median (quartiles) | threads, time |")
+    print("|---|---|---|---:|---:|---:|---|")
     for row in newest.values():
         show(row)
 

@@ -42,7 +42,7 @@ bool may_use_tiles() {
     constexpr long kAskForPermission = 0x1023, kTileData = 18;
     unsigned a, b, c, d = 0;
     __get_cpuid_count(7, 0, &a, &b, &c, &d);
-    bool there = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
+    bool there = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);  // AMX-BF16, AMX-TILE, AMX-INT8
     return there && syscall(SYS_arch_prctl, kAskForPermission, kTileData) == 0;
 #else
     return false;
@@ -161,7 +161,7 @@ class Engine {
         for (size_t i = 0; i < 4 * operations.size(); ++i) counters_[i].next.store(0, std::memory_order_relaxed);
         find_runs();
         auto work = [&](int number) {
-            kernels_.begin();
+            kernels_.begin(batch.prompt);
             for (size_t i = 0; i < operations.size(); ++i) {
                 step(operations[i], number, &counters_[4 * i]);
                 pool_.meet();

@@ -115,7 +115,7 @@ struct Store {
 struct Kernels {
     const char* name;
     int (*form)(int64_t type, bool prompt);
-    void (*begin)();  // in each thread, before a run
+    void (*begin)(bool prompt);  // in each thread, before a run
     void (*norm)(const float* x, const float* weight, const float* bias, bool centred, float epsilon, long width,
                  float* out);
     void (*prepare)(const float* x, long width, int forms, long row, const Inputs& inputs);

@@ -281,6 +281,12 @@ void strip(const Matrix& m, long number, const Inputs& in, long first, long toke
     constexpr int kMany = 4;
 #endif
     long t = 0;
+#if defined(LEXMILL_AMX)
+    constexpr long kWorth = 4;  // tokens from which tiles are faster
+    if (!prompt && (m.type == kEightBits || m.type == kFourBits))
+        for (; tokens - t >= kWorth; t += kFew)
+            bytes_strip(m, number, in, first + t, tokens - t < kFew ? tokens - t : kFew, out + t * kStrip);
+#endif
     for (; t + kMany <= tokens; t += kMany) some_tokens<kMany>(m, number, in, first + t, out + t * kStrip);
     for (; t + 2 <= tokens; t += 2) some_tokens<2>(m, number, in, first + t, out + t * kStrip);
     if (t < tokens) some_tokens<1>(m, number, in, first + t, out + t * kStrip);
@@ -645,10 +651,11 @@ void attend(const Attention& a, long first, long count, long kv_head, long begin
                          : attend_all<uint16_t>(a, first, count, kv_head, begin, scratch);
 }
 
-void begin() {
+void begin(bool prompt) {
 #if defined(LEXMILL_AMX)
-    begin_tiles();
+    begin_tiles(prompt);
 #endif
+    (void)prompt;
 }
 
 }  // namespace

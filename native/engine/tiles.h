@@ -11,10 +11,14 @@ struct alignas(64) TileShapes {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-void begin_tiles() {
-    static const TileShapes kShapes;  // GCC 12 believes that 8 of its 64 bytes are read
+constexpr int kFew = 8;  // tokens of written text that are multiplied at once
+
+void begin_tiles(bool prompt) {
+    static const TileShapes kPrompt;  // GCC 12 believes that 8 of its 64 bytes are read
+    static const TileShapes kWritten = {
+        1, 0, {}, {64, 64, 64, 64, 32, 32, 64, 64}, {kFew, kFew, kFew, kFew, kFew, kFew, 8, 8}};
     SETTLE;
-    _tile_loadconfig(&kShapes);
+    _tile_loadconfig(prompt ? &kPrompt : &kWritten);
 }
 
 // Sixteen numbers each of two columns, rounded to bfloat16 (halves upwards), side by side.
@@ -69,6 +73,71 @@ INLINE void panel_to_tiles(const Matrix& m, long panel, __m512i* out) {
 #undef QUARTER
             }
         }
+    }
+}
+
+// Up to kFew tokens times the bytes of a panel: the same whole numbers as `dot`, and the same sums of them.
+template <bool kSmall, bool kLeast>
+void bytes_tiles(const Matrix& m, long panel, const Inputs& in, long first, long tokens, float* out) {
+    constexpr long kBytes = kSmall ? 256 : 512, kAtOnce = 4;
+    constexpr int32_t kZero = kLeast ? 0 : kSmall ? 8 : 128;
+    const long blocks = m.blocks();
+    const uint8_t* values = m.values + panel * blocks * kBytes;
+    const uint16_t* scales = m.scales + panel * blocks * kLanes;
+    const uint16_t* minima = kLeast ? m.minima + panel * blocks * kLanes : nullptr;
+    alignas(64) Block unpacked[kAtOnce];
+    alignas(64) int32_t found[kAtOnce][kFew][kLanes];
+    Floats totals[kFew];
+    for (int t = 0; t < kFew; ++t) totals[t] = all(0.0f);
+    for (long b = 0; b < blocks; b += kAtOnce) {
+        const long some = blocks - b < kAtOnce ? blocks - b : kAtOnce;
+        const void* weights[kAtOnce];
+        for (long i = 0; i < some; ++i) {
+            weights[i] = values + (b + i) * kBytes;
+            prefetch(weights[i], kBytes);
+            if (kSmall) read_nibbles(values + (b + i) * kBytes, unpacked[i]), weights[i] = &unpacked[i];
+        }
+        const int8_t* x = in.bytes + first * in.columns + b * kBlock;
+        SETTLE;
+#define PRODUCT(i, a, w)                               \
+    if (i < some) {                                    \
+        _tile_zero(i);                                 \
+        _tile_loadd(a, x + i * kBlock, in.columns);    \
+        _tile_loadd(w, weights[i], 64);                \
+        _tile_dpbsud(i, a, w);                         \
+        _tile_stored(i, found[i], 4 * kLanes);         \
+    }
+        PRODUCT(0, 4, 6)
+        PRODUCT(1, 5, 7)
+        PRODUCT(2, 4, 6)
+        PRODUCT(3, 5, 7)
+#undef PRODUCT
+        SETTLE;
+        for (long i = 0; i < some; ++i) {
+            const Floats scale = load_halves(scales + (b + i) * kLanes);
+            Floats least;
+            if (kLeast) least = load_halves(minima + (b + i) * kLanes);
+            for (int t = 0; t < kFew; ++t) {
+                const long at = (first + t) * blocks + b + i;
+                const Floats whole = floats(load_ints(found[i][t]) - all(kZero * in.sums[at]));
+                totals[t] = fma(whole, scale * all(in.scales[at]), totals[t]);
+                if (kLeast) totals[t] = fma(least, all(in.scales[at] * float(in.sums[at])), totals[t]);
+            }
+        }
+    }
+    for (long t = 0; t < tokens; ++t) save(out + t * kStrip, totals[t]);
+}
+
+void bytes_strip(const Matrix& m, long strip, const Inputs& in, long first, long tokens, float* out) {
+    for (long p = 0; p < 2; ++p) {
+        const long panel = 2 * strip + p;
+        float* to = out + p * kLanes;
+        if (m.type == kEightBits)
+            m.minima ? bytes_tiles<false, true>(m, panel, in, first, tokens, to)
+                     : bytes_tiles<false, false>(m, panel, in, first, tokens, to);
+        else
+            m.minima ? bytes_tiles<true, true>(m, panel, in, first, tokens, to)
+                     : bytes_tiles<true, false>(m, panel, in, first, tokens, to);
     }
 }
 

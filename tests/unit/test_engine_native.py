@@ -32,7 +32,7 @@ KINDS = {
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
         "avx512_vnni": VNNI,
         "avx512_bf16": [*VNNI, "-mavx512bf16"],
-        "amx": [*VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DLEXMILL_AMX"],
+        "amx": [*VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-DLEXMILL_AMX"],
     },
     "aarch64": {"portable": [], "neon": ["-march=armv8.2-a+dotprod"]},
 }
