@@ -117,7 +117,6 @@ struct Run {  // tokens [first, end) of one sequence
 
 struct Own {  // what a thread has for itself
     std::unique_ptr<Space> row, scratch, sums, inputs;
-    Inputs alone;  // of a single row
 };
 
 class Engine {
@@ -136,7 +135,6 @@ class Engine {
         long columns = kBlock;
         for (const Matrix& m : matrices_) columns = std::max(columns, padded(m.columns));
         shared_space_.reset(new Space(inputs_size(columns, most_tokens_ + 32)));
-        columns_ = columns;
         const long keys = (plan.most_keys + kPage) / kPage * kPage + kLanes, wide = padded(shape_.head_width);
         for (int i = 0; i < pool_.threads(); ++i) {
             Own own;
@@ -152,8 +150,6 @@ class Engine {
         for (int64_t i = 0; i < 2 * plan.slots; ++i) pages_.emplace_back(new Space(page_bytes_ * size_t(plan.pages)));
         counters_.reset(new Counter[4 * std::max(programs_[0].size(), programs_[1].size()) + 4]);
     }
-
-    const char* name() const { return kernels_.name; }
 
     void run(int program, const Batch& batch, float* out) {
         batch_ = &batch, out_ = out;
@@ -377,18 +373,19 @@ class Engine {
         const long page = 2 * padded(shape_.head_width) * kPage;  // numbers in the tiles of a page
         uint16_t* tiles = tiled() ? tiles_->as<uint16_t>() : nullptr;
         if (tiles) {
-        const int32_t* tables = o.memory ? batch_->memory_tables : batch_->tables;
-        const long table = o.memory ? batch_->memory_pages : batch_->pages;
-        share(counters[0], count_of([&](const Run& run) { return pages_seen(o, run) * heads; }), 4, [&](long first, long end) {
-            for (long item = first; item < end; ++item) {
-                long rest = item;
-                const Run& run = find(rest, [&](const Run& run) { return pages_seen(o, run) * heads; });
-                const long head = rest % heads, p = rest / heads, row = batch_->row[run.first];
-                kernels_.page_to_tiles(a, tables[row * table + p], head,
-                                       tiles + (run.tiles * heads + head * run.pages + p) * page);
-            }
-        });
-        pool_.meet();
+            const int32_t* tables = o.memory ? batch_->memory_tables : batch_->tables;
+            const long table = o.memory ? batch_->memory_pages : batch_->pages;
+            auto pages_of_run = [&](const Run& run) { return pages_seen(o, run) * heads; };
+            share(counters[0], count_of(pages_of_run), 4, [&](long first, long end) {
+                for (long item = first; item < end; ++item) {
+                    long rest = item;
+                    const Run& run = find(rest, pages_of_run);
+                    const long head = rest % heads, p = rest / heads, row = batch_->row[run.first];
+                    kernels_.page_to_tiles(a, tables[row * table + p], head,
+                                           tiles + (run.tiles * heads + head * run.pages + p) * page);
+                }
+            });
+            pool_.meet();
         }
         const long group = shape_.heads / heads;
         auto pieces_of = [&](const Run& run) { return ((run.end - run.first) * group + kTogether - 1) / kTogether; };
@@ -430,7 +427,7 @@ class Engine {
     const Kernels& kernels_;
     Pool pool_;
     Shape shape_;
-    long most_tokens_, columns_ = 0;
+    long most_tokens_;
     std::vector<Matrix> matrices_;
     std::vector<const float*> vectors_;
     std::vector<int64_t> sizes_;

@@ -124,6 +124,25 @@ def give_back_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def left_out() -> bool:
+    """Whether compiled code is not wanted (environment variable LEXMILL_NATIVE=0)."""
+    return os.environ.get("LEXMILL_NATIVE") == "0"
+
+
+def compiled_module(name: str) -> Path | None:
+    """Where a module of `native/` lies that was built with the package; None where it was not.
+
+    Args:
+        name: without its ending, e.g. "_engine".
+    """
+    import lexmill
+
+    ending = {"linux": ".so", "darwin": ".dylib"}.get(sys.platform)
+    # an editable install has two folders: the sources, and what was built
+    paths = [Path(folder) / (name + ending) for folder in lexmill.__path__ if ending]
+    return next((path for path in paths if path.is_file()), None)
+
+
 def usable_cores() -> int:
     """The cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):

@@ -8,8 +8,6 @@ Nothing is checked in the compiled code: callers ask `kernels_for`, and pass den
 from __future__ import annotations
 
 import ctypes
-import os
-import sys
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int64, c_void_p
 from pathlib import Path
@@ -18,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lexmill.devices import compiled_module, left_out
+
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 DTYPES = (torch.float32, torch.bfloat16)
-_NAMES = {"linux": "_kernels.so", "darwin": "_kernels.dylib"}
+_MODULE = "_kernels"
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
@@ -362,27 +362,13 @@ def _openmp() -> tuple[int, int, int] | None:
     return first, second, third
 
 
-def _left_out() -> bool:
-    return os.environ.get("LEXMILL_NATIVE") == "0"
-
-
-def _built() -> Path | None:
-    import lexmill
-
-    name = _NAMES.get(sys.platform)
-    paths = [
-        Path(folder) / name for folder in lexmill.__path__ if name
-    ]  # an editable install has two folders
-    return next((path for path in paths if path.is_file()), None)
-
-
 def load(at_most: str = "amx") -> Kernels | None:
     """The kernels with the best instruction set of this machine up to `at_most`, or None.
 
     The set is the process's: an earlier result uses it from then on, too.
     """
-    path, openmp = _built(), _openmp()
-    if _left_out() or path is None or openmp is None:
+    path, openmp = compiled_module(_MODULE), _openmp()
+    if left_out() or path is None or openmp is None:
         return None
     try:
         library = ctypes.CDLL(str(path))
@@ -395,9 +381,9 @@ def load(at_most: str = "amx") -> Kernels | None:
 
 def why_none() -> str:
     """Why `KERNELS` is None, and what to do."""
-    if _left_out():
+    if left_out():
         return "LEXMILL_NATIVE is 0."
-    if _built() is None:
+    if compiled_module(_MODULE) is None:
         return "they were not built. Install a C++ compiler, then lexmill again."
     if _openmp() is None:
         return "torch's OpenMP was not found in this process."

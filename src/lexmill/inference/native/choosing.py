@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import sys
 from collections.abc import Sequence
 from ctypes import c_double, c_int64, c_void_p
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_NAMES = {"linux": "_engine.so", "darwin": "_engine.dylib"}
+from lexmill.errors import ModelError
+from lexmill.inference.native.library import library
 
 
 class _Choice(ctypes.Structure):
@@ -105,14 +103,9 @@ class Chooser:
 
 
 def _load() -> Chooser | None:
-    name = _NAMES.get(sys.platform)
-    if name is None or os.environ.get("LEXMILL_NATIVE") == "0":
-        return None
-    path = Path(__file__).resolve().parents[2] / name
     try:
-        library = ctypes.CDLL(str(path))
-        return Chooser(library) if hasattr(library, "lexmill_choose") else None
-    except OSError:
+        return Chooser(library())
+    except (ModelError, AttributeError):  # not built, or an older one left behind
         return None
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import sys
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
-from pathlib import Path
 from typing import Any
 
+from lexmill.devices import compiled_module, left_out
 from lexmill.errors import ModelError
 
-_NAMES = {"linux": "_engine.so", "darwin": "_engine.dylib"}
 INSTRUCTION_SETS = ("portable", "avx2", "avx512_vnni", "avx512_bf16", "amx")
 
 
@@ -74,16 +71,16 @@ def library() -> ctypes.CDLL:
     Raises:
         ModelError: it was not built, or is turned off.
     """
-    path = Path(__file__).parents[2] / _NAMES.get(sys.platform, "_engine.so")
-    if os.environ.get("LEXMILL_NATIVE") == "0":
+    if left_out():
         raise ModelError("The compiled engine is turned off (LEXMILL_NATIVE=0).")
+    path = compiled_module("_engine")
+    hint = "Install lexmill where there is a C++ compiler and CMake, or take --backend torch."
+    if path is None:
+        raise ModelError("The compiled engine was not built.", hint)
     try:
         found = ctypes.CDLL(str(path))
     except OSError as error:
-        raise ModelError(
-            f"The compiled engine is missing: {error}.",
-            "Install lexmill where there is a C++ compiler and CMake, or take --backend torch.",
-        ) from error
+        raise ModelError(f"The compiled engine cannot be loaded: {error}.", hint) from error
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "open": (c_void_p, [c_void_p, c_int, c_int]),
         "run": (c_int, [c_void_p, c_int, c_void_p, c_void_p]),

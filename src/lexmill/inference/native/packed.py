@@ -12,7 +12,7 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,6 @@ from lexmill.inference.native.sources import Source, Stored
 from lexmill.model.names import weight_shapes
 
 FLOAT32, FLOAT16, BFLOAT16, EIGHT_BITS, FOUR_BITS = range(5)
-NAMES = ("float32", "float16", "bfloat16", "8 bits", "4 bits")
 _VERSION = 1
 # What each type becomes, and whether its blocks have a least value.
 _BECOMES = {
@@ -65,7 +64,7 @@ class Packed:
     def nbytes(self) -> int:
         return self.values.nbytes + self.scales.nbytes + self.minima.nbytes
 
-    def struct(self) -> MatrixStruct:
+    def struct(self) -> Any:
         """For the compiled code; valid as long as this is."""
         addresses = [
             part.ctypes.data if part.size else None for part in (self.values, self.scales, self.minima)

@@ -16,7 +16,6 @@ from lexmill.model.names import weight_shapes
 
 EMBED, NORM, LINEAR, STORE, ATTEND = range(5)
 ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
-OUT = -1  # in place of a buffer: what is given back
 READ, WRITE = 0, 1  # which list
 
 
@@ -26,7 +25,7 @@ class Operation:
 
     kind: int
     source: int = -1
-    to: int = -1
+    to: int = -1  # -1 in the last operation: what is given back
     matrices: tuple[int, int, int] = (-1, -1, -1)
     biases: tuple[int, int, int] = (-1, -1, -1)
     norm: int = -1
@@ -261,11 +260,9 @@ class _Lowering:
         if self.config.positions != "rotary":
             return -1
         if theta not in self.tables:
-            scaling = self.config.rope_scaling
             cosines, sines = rotary_tables(
                 self.config, theta, self.context, scaled=theta == self.config.rope_theta
             )
-            assert scaling is None or theta == self.config.rope_theta
             self.tables[theta] = self.plan.vector(cosines)
             self.plan.vector(sines)
         return self.tables[theta]

@@ -13,7 +13,8 @@ from lexmill.errors import FormatError
 from lexmill.formats.blocks import BLOCK_TYPES, BlockType
 from lexmill.formats.gguf import GGUFFile
 from lexmill.model.config import ModelConfig
-from lexmill.model.directory import ModelDirectory
+from lexmill.model.directory import DTYPE_NAMES, ModelDirectory
+from lexmill.model.gguf_shapes import read_weight, unpermute_rope, weight_from_gguf
 from lexmill.model.names import WeightName, weight_names, weight_shapes
 
 
@@ -40,7 +41,6 @@ class Source(Protocol):
     Attributes:
         config: its shape.
         files: what they are read from; when one changes, what was made from them is old.
-        home: the folder beside whose files things made from them may lie.
     """
 
     config: ModelConfig
@@ -77,8 +77,10 @@ class DirectorySource:
         return self.directory.path / "model.packed"
 
     def stored(self, own: str) -> Stored:
-        array = self.directory.stored(own)
-        return Stored(BLOCK_TYPES[self.directory.weight_dtype(own)], _bytes(array), array.shape)
+        dtype, array = self.directory.weight_dtype(own), self.directory.stored(own)
+        if dtype not in DTYPE_NAMES:  # float64, say
+            dtype, array = "F32", self.directory.weight(own)
+        return Stored(BLOCK_TYPES[dtype], _bytes(array), array.shape)
 
     def float32(self, own: str) -> np.ndarray:
         return self.directory.weight(own)
@@ -114,15 +116,14 @@ class GGUFSource:
 
     def float32(self, own: str) -> np.ndarray:
         name = self._names[own]
-        found, order = name.rows(self.file.read(name.gguf)), self._order(name, self._shapes[own])
-        return found if order is None else found[order]
+        return weight_from_gguf(read_weight(self.file, name), self.config, name)
 
     def _order(self, name: WeightName, shape: tuple[int, ...]) -> np.ndarray | None:
         """GGUF's llama turns rows 2i and 2i + 1 of a head together, we i and i + D/2."""
         if not name.rope or self.config.family != "llama":
             return None
-        rows = np.arange(shape[0], dtype=np.int32).reshape(-1, self.config.head_width // 2, 2)
-        return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
+        heads = self.config.heads if name.rope == "q" else self.config.kv_heads
+        return np.ascontiguousarray(unpermute_rope(np.arange(shape[0], dtype=np.int32), heads))
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
