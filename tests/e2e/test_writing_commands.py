@@ -101,11 +101,13 @@ def test_a_decoder_is_scored_before_and_after_and_in_every_runtime(model_path, r
     gguf = tmp_path / "model.gguf"
     assert lexmill("export", "gguf", tmp_path / "merged", "--out", gguf, "--type", "f32").returncode == 0
     own = predictions(adapter, rows, tmp_path / "own.jsonl")
-    assert predictions(gguf, rows, tmp_path / "llama.jsonl") == own
+    for backend in ("auto", "llama_cpp", "torch"):
+        assert predictions(gguf, rows, tmp_path / f"{backend}.jsonl", "--backend", backend) == own
     assert predictions(tmp_path / "merged", rows, tmp_path / "hf.jsonl", "--backend", "transformers") == own
-    refused = lexmill("evaluate", gguf, "--task", "summarise", "--data", rows, "--backend", "torch")
+    scored = ("evaluate", gguf, "--task", "summarise", "--data", rows)
+    refused = lexmill(*scored, "--backend", "transformers")
     assert refused.returncode == 2 and "lexmill import" in refused.stderr
-    refused = lexmill("evaluate", gguf, "--task", "summarise", "--data", rows, "--beams", 2)
+    refused = lexmill(*scored, "--backend", "llama_cpp", "--beams", 2)
     assert refused.returncode == 2 and "no beam search" in refused.stderr
 
 

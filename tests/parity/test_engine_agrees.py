@@ -107,6 +107,14 @@ def test_decoders(name, isa):
     expected = all_logits(network, ids)
     for prompt in (True, False):
         _close(_logits(engine, ids, prompt=prompt, cuts=(33, 34)), expected)
+    texts = [ids, ids[:5]]
+    for found, text in zip(engine.hidden(texts), texts):
+        _close(found, hidden_rows(network, [text])[0])
+
+
+def test_a_long_text_is_read_in_pieces():
+    network, ids = _model("llama", context=600), _ids(600)
+    _close(_open(Weights(network)).hidden([ids])[0], hidden_rows(network, [ids])[0])
 
 
 @pytest.mark.parametrize("isa", HERE)

@@ -38,7 +38,7 @@ def test_model_directories_agree(own, tmp_path, dtype):
     reference, tolerance = reference_of_directory(own.reference, directory)
     assert tolerance.kind == ("max" if dtype == "F32" else "KL")
     found = checks(own, directory.path, reference, tolerance)
-    assert [check.check for check in found] == ["logits", "greedy"]
+    assert [check.check for check in found] == ["prompt logits", "logits", "greedy"]
     assert all(check.passed for check in found), found
 
 

@@ -51,8 +51,9 @@ class NativeEngine:
         self.batch_tokens = CHUNK if config.shape == "decoder" else max(CHUNK, self.context)
         writes = config.shape != "encoder"
         self.pages = (pages or 4 * -(-self.context // BLOCK)) if writes else 0
-        reading = 0 if config.shape == "decoder" else -(-self.batch_tokens // BLOCK) + _TEXTS
-        self._free = list(range(self.pages, self.pages + (4 if writes else 1) * reading))
+        longest_batch = max(self.batch_tokens, self.context)
+        reading = (-(-longest_batch // BLOCK) + _TEXTS) * (4 if config.shape == "encoder_decoder" else 1)
+        self._free = list(range(self.pages, self.pages + reading))
         self._all_pages = self.pages + len(self._free)
         self._plan = make_plan(source, self.context)
         self.matrices = load_packed(source, self._plan.matrices, self.threads, keep=keep)
@@ -189,22 +190,28 @@ class NativeEngine:
             self._memory[handle] = np.array([self._free.pop() for _ in range(count)], np.int32)
             self._lengths[handle] = length
         table = _table([self._memory[handle] for handle in handles])
-        values = {
+        tokens = {
             "ids": np.concatenate(texts),
             "positions": np.concatenate([np.arange(length) for length in lengths]),
             "row": np.repeat(np.arange(len(texts)), lengths),
+        }
+        if segments is not None:
+            tokens["segments"] = np.concatenate(segments)
+        whole = {
             "tables": table,
             "lengths": np.array(lengths),
             "memory_tables": table,
             "memory_lengths": np.array(lengths),
         }
-        if segments is not None:
-            values["segments"] = np.concatenate(segments)
-        self._run(READ, values, np.empty(0, np.int32), True, None)
         hidden = np.empty((sum(lengths), self.config.width), np.float32)
-        library().lexmill_engine_read(
-            self._engine, self._plan.stream, len(hidden), self.config.width, hidden.ctypes.data
-        )
+        for start in range(0, len(hidden), self.batch_tokens):  # a decoder may read a text in pieces
+            part = slice(start, start + self.batch_tokens)
+            values = {name: array[part] for name, array in tokens.items()} | whole
+            self._run(READ, values, np.empty(0, np.int32), True, None)
+            rows = hidden[part]
+            library().lexmill_engine_read(
+                self._engine, self._plan.stream, len(rows), self.config.width, rows.ctypes.data
+            )
         return handles, hidden
 
     def _run(

@@ -74,7 +74,7 @@ class Engine(Protocol):
     def hidden(
         self, texts: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None = None
     ) -> list[np.ndarray]:
-        """The last hidden states of encoders, or of an encoder–decoder's encoder: (len(text), width) each, float32.
+        """The last hidden states, of an encoder–decoder's encoder: (len(text), width) each, float32.
 
         Args:
             segments: 0 for the first text of a pair, 1 for the second; all 0 when not given.

@@ -108,15 +108,20 @@ class _Lowering:
         self.inner = plan.buffer(config.mlp_width)
         self.tables: dict[float, int] = {}
         if config.shape == "decoder":
-            self._embed(WRITE)
-            self._stack(WRITE, "decoder", config.layers)
-            self._head(WRITE, "decoder.norm")
+            self._decoder()
         elif config.shape == "encoder":
             self._encoder()
         else:
             self._encoder_decoder()
 
     # ---- the three shapes
+
+    def _decoder(self) -> None:
+        self._embed(WRITE)
+        self._stack(WRITE, "decoder", self.config.layers)
+        self.plan.operations[READ].extend(self.plan.operations[WRITE])  # for its hidden states
+        self.plan.add(READ, NORM, to=self.x, **self._norm("decoder.norm"))
+        self._head(WRITE, "decoder.norm")
 
     def _encoder(self) -> None:
         config = self.config
