@@ -27,6 +27,7 @@ from lexmill.runtimes.huggingface import export_huggingface
 from lexmill.runtimes.llama_cpp import LlamaCpp, RuntimeFailure, export_gguf
 from lexmill.runtimes.verify import verify
 from lexmill.runtimes.verify_cases import TEXTS
+from lexmill.runtimes.verify_engine import has_engine
 from lexmill.tokenizer.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -98,7 +99,8 @@ def test_all_runtimes_agree(tmp_path, models, shape):
         }
     else:
         assert not wrong and report.passed and report.exit_code == 0, wrong
-    assert len(report.checks) == 7 + 4 * 8 + 3  # of which `rounding`, but for f32
+    of_engine = 3 if has_engine("decoder") else 0  # prompt logits, logits, greedy
+    assert len(report.checks) == 7 + 4 * 8 + 3 + 5 * of_engine  # of which `rounding`, but for f32
     assert {"transformers", "llama.cpp f32", "llama.cpp q8_0"} <= {check.runtime for check in report.checks}
     json.dumps(report.to_json())
     exact = [check for check in report.checks if check.runtime == "llama.cpp f32" and check.check == "logits"]
@@ -335,7 +337,7 @@ def test_verify_finds_a_broken_transformers_directory(tmp_path, models, monkeypa
             return super()._rows(*arguments) + (np.arange(self.vocabulary) == 9) * 1e-3
 
     monkeypatch.setattr("lexmill.runtimes.verify_reference.Reference", Turned)
-    report = verify(model.path, prompts=["The"], tokens=4)
+    report = verify(model.path, prompts=["The"], tokens=4, engine=False)
     assert failed(report) == {"logits"} and report.exit_code == 1
 
 
@@ -369,10 +371,10 @@ def test_a_crash_of_llama_cpp_stays_in_its_process(tmp_path, models, monkeypatch
 def test_missing_packages_are_not_a_pass(models, tmp_path, monkeypatch):
     file = export_gguf(models("llama"), tmp_path / "m.gguf", "f32")
     hide(monkeypatch, "transformers", "xllamacpp")
-    report = verify(models("llama").path, [], tokens=2)
+    report = verify(models("llama").path, [], tokens=2, engine=False)
     assert [check.passed for check in report.checks] == [None] and report.exit_code == 2
     assert "pip install" in report.checks[0].detail
-    report = verify(models("llama").path, [file], tokens=2)
+    report = verify(models("llama").path, [file], tokens=2, engine=False)
     assert [check.passed for check in report.checks] == [None, True, None]
 
 

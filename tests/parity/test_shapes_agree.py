@@ -299,7 +299,8 @@ def test_exported_directories_are_whole(models, tmp_path, name):
     model = models(name)
     out = export_huggingface(model, tmp_path / "out")
     names = {path.name for path in out.iterdir()}
-    assert {path.name for path in model.path.iterdir()} == names
+    kept = {"model.packed"}  # the engine's weights, where it has run the model: nobody else's business
+    assert {path.name for path in model.path.iterdir()} - kept == names
     assert ("vocab.txt" in names) == (name != "t5 1.1")
     assert ("generation_config.json" in names) == (name == "t5 1.1")
     copy = ModelDirectory.open(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -220,7 +221,7 @@ class Comparison:
         reference = self.reference
         gaps = reference.choice_gaps(ids, answer, limit)
         fine = gaps <= tolerance.tie
-        if reference.rounding:
+        if reference.rounding and tolerance.rounded_tie < math.inf:
             fine &= reference.choice_gaps(ids, answer, limit, rounded=True) <= tolerance.rounded_tie
         for at in np.flatnonzero((gaps > 0) & fine):
             before = ids + answer[:at]

@@ -17,7 +17,7 @@ class Tolerance:
         tie: two tokens that lexmill keeps no farther apart than this (in log-probability) may change
             places in greedy generation; never more than twice the error at that very position.
         rounding: as `logits`, against lexmill with activations rounded as the runtime rounds them.
-        rounded_tie: as `tie`, by lexmill with activations so rounded.
+        rounded_tie: as `tie`, by lexmill with activations so rounded; infinite where the runtime rounds otherwise.
         again: how much a gap may move between two answers of the runtime to the same question, asked as one
             prompt and token by token.
     """
