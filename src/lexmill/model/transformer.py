@@ -13,6 +13,7 @@ from lexmill.model.beginning import begin_weights
 from lexmill.model.config import ModelConfig
 from lexmill.model.names import weight_names
 from lexmill.model.spreading import whole
+from lexmill.model.vector_math import settle_vector_math
 
 
 class Transformer(nn.Module):
@@ -20,6 +21,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        settle_vector_math()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
 
