@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,12 +89,19 @@ def divergences(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
 def score(file: str, data: Path, chunks: int, library: str) -> dict[str, Score]:
     model = lexmill.load(file, backend="torch")
     engine = NativeEngine.open(open_source(Path(file)), threads=1, context=CHUNK, pages=CHUNK // BLOCK)
-    peer = LlamaCpp(file, 1, library)
+    # llama.cpp shapes a thread's tiles once and relies on that: no other library may compute in its thread
+    alone = ThreadPoolExecutor(1)
+    peer = alone.submit(LlamaCpp, file, 1, library).result()
+
+    def theirs(prompt: bool) -> Logits:
+        logits = of_llama_cpp(peer, prompt)
+        return lambda ids: alone.submit(logits, ids).result()
+
     sides = {
         "lexmill, prompt": of_engine(engine, True),
-        "llama.cpp, prompt": of_llama_cpp(peer, True),
+        "llama.cpp, prompt": theirs(True),
         "lexmill, writing": of_engine(engine, False),
-        "llama.cpp, writing": of_llama_cpp(peer, False),
+        "llama.cpp, writing": theirs(False),
     }
     found: dict[str, list[np.ndarray]] = {name: [] for name in sides}
     same: dict[str, list[np.ndarray]] = {name: [] for name in sides}

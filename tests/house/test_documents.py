@@ -45,9 +45,9 @@ def test_documented_commands_parse(line):
     """Each documented command has a verb and options that exist; those that need a run are tested in e2e."""
     import shlex
 
-    from lexmill.cli.main import app
+    from lexmill.cli.main import make_app
 
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(make_app())
     words = shlex.split(line)[1:]
     while hasattr(command, "commands") and words and words[0] in command.commands:
         command, words = command.commands[words[0]], words[1:]

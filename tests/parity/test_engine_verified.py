@@ -52,7 +52,7 @@ def test_files_agree(own, tmp_path, type):
     path = export_gguf(own.directory, tmp_path / "model.gguf", type)
     with GGUFFile.open(path) as file:
         held = None if type == "f32" else _Held.read(file, own.directory)
-        asked = _asked_of_file(own, held, type)[2]
+        asked = _asked_of_file(own, path, held, type)[2]
     with open_engine(path) as runtime:
         found = list(asked("engine", runtime))
     assert all(check.passed for check in found), found

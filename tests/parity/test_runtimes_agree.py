@@ -11,6 +11,7 @@ from conftest import with_bos
 from lexmill.errors import FileError
 from lexmill.formats.gguf import GGUFFile
 from lexmill.inference.language_model import load
+from lexmill.inference.native.library import available
 from lexmill.model import gguf_shapes
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
@@ -27,7 +28,6 @@ from lexmill.runtimes.huggingface import export_huggingface
 from lexmill.runtimes.llama_cpp import LlamaCpp, RuntimeFailure, export_gguf
 from lexmill.runtimes.verify import verify
 from lexmill.runtimes.verify_cases import TEXTS
-from lexmill.runtimes.verify_engine import has_engine
 from lexmill.tokenizer.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -99,7 +99,7 @@ def test_all_runtimes_agree(tmp_path, models, shape):
         }
     else:
         assert not wrong and report.passed and report.exit_code == 0, wrong
-    of_engine = 3 if has_engine("decoder") else 0  # prompt logits, logits, greedy
+    of_engine = 3 if available() else 0  # prompt logits, logits, greedy
     assert len(report.checks) == 7 + 4 * 8 + 3 + 5 * of_engine  # of which `rounding`, but for f32
     assert {"transformers", "llama.cpp f32", "llama.cpp q8_0"} <= {check.runtime for check in report.checks}
     json.dumps(report.to_json())
@@ -263,8 +263,8 @@ def test_rounded_activations_explain_what_llama_cpp_does(tmp_path, models, type)
     with GGUFFile.open(file) as opened:
         own = reference.with_weights(
             llama_cpp.file_weights(opened, model),
-            llama_cpp.file_types(opened, model),
-            llama_cpp.file_offsets(opened, model),
+            llama_cpp.file_types(opened, model.config),
+            llama_cpp.file_offsets(opened, model.config),
         )
     with LlamaCpp(file, threads=1) as runtime:
         theirs = runtime.logprobs(texts, 512)

@@ -14,6 +14,7 @@ from made_models import model_maker
 from lexmill.errors import ModelError
 from lexmill.formats.gguf import GGUFFile, u32
 from lexmill.inference.language_model import load
+from lexmill.inference.native.library import available
 from lexmill.inference.sampling import log_softmax
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS
 from lexmill.model.directory import ModelDirectory, write_model_directory
@@ -47,6 +48,7 @@ MODELS = {
     "t5 scaled": ("t5", "unigram", dict(decoder_layers=2, tied=False, scale_output=True)),
     "t5 deep decoder": ("t5", "unigram", dict(decoder_layers=3)),
 }
+OF_TOKENS = ("tokens", "stop tokens")  # of which the engine is not asked: both sides have one tokenizer
 CHECKS = {
     "bert": "tokens, logits, pairs, embeddings, fill",
     "bert masked": "tokens, logits, embeddings, fill",
@@ -83,19 +85,29 @@ def failed(report):
     return {check.check for check in report.checks if check.passed is False}
 
 
+def asked_of(report, runtime):
+    return [check.check for check in report.checks if check.runtime == runtime]
+
+
+def passed_in_transformers(report):
+    return {check.check: check.passed for check in report.checks if check.runtime == "transformers"}
+
+
 @pytest.mark.parametrize("name", CHECKS)
 def test_transformers_agrees_on_every_shape(models, name):
     report = verify(models(name).path, tokens=12)
     assert report.exit_code == 0, report.table_rows()
-    found = [check.check for check in report.checks]
-    assert found == CHECKS[name].split(", ")
+    asked = CHECKS[name].split(", ")
+    assert asked_of(report, "transformers") == asked
+    if available():
+        assert asked_of(report, "engine") == [check for check in asked if check not in OF_TOKENS]
     assert all(check.figure is not None and check.figure <= check.tolerance for check in report.checks)
     json.dumps(report.to_json())
 
 
 def test_what_transformers_cannot_write_is_not_checked(models):
     report = verify(models("t5 deep decoder").path, tokens=4)
-    words = {check.check: check.passed for check in report.checks}
+    words = passed_in_transformers(report)
     assert words == {"tokens": True, "logits": True, "greedy": None, "beams": None, "stop tokens": None}
     assert report.exit_code == 2 and "more layers" in report.checks[2].detail
 
@@ -170,7 +182,7 @@ def test_a_class_without_the_head_leaves_it_unchecked(models, tmp_path):
     shutil.copytree(models("bert").path, folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["BertModel"]}))
-    words = {check.check: check.passed for check in verify(folder).checks}
+    words = passed_in_transformers(verify(folder))
     assert words == {"tokens": True, "logits": None, "pairs": None, "embeddings": True, "fill": None}
 
 
@@ -191,8 +203,8 @@ def test_llama_cpp_embeds_as_lexmill_does(models, tmp_path, name):
     report = verify(model.path, files)
     assert report.exit_code == 0, report.table_rows()
     for type in FILE_TYPES:
-        found = [check.check for check in report.checks if check.runtime == f"llama.cpp {type}"]
-        assert found == ["weights", "tokens", "embeddings"]
+        assert asked_of(report, f"llama.cpp {type}") == ["weights", "tokens", "embeddings"]
+        assert not available() or asked_of(report, f"engine {type}") == ["embeddings"]
 
 
 def test_a_file_that_pools_otherwise_is_found(models, tmp_path, monkeypatch):
@@ -246,7 +258,10 @@ def test_of_a_t5_file_the_weights_are_compared_and_the_rest_is_said_to_be_open(m
             ("weights", True),
             ("runs", None),
         ]
+        assert not failed(report), [check for check in report.checks if check.passed is False]
         assert report.exit_code == 2 and "ends its process" in ours[1].detail
+        for type in FILE_TYPES if available() else ():
+            assert asked_of(report, f"engine {type}") == ["logits", "greedy", "beams"]
         with GGUFFile.open(files[0]) as file:
             back = llama_cpp.file_weights(file, model)
         assert set(back) == set(model.weights())

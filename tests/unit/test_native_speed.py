@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from lexmill.cli.main import app
+from lexmill.cli.main import make_app
 from lexmill.devices import this_machine
 from lexmill.formats.gguf import GGUFFile
 from lexmill.inference.native import limits
@@ -82,7 +82,7 @@ def test_bench_prints_figures(model_path, tmp_path, as_gguf):
         model = export_gguf(ModelDirectory.open(model_path), tmp_path / "model.gguf", "q8_0")
         assert GGUFFile.open(model).tensors
     arguments = ["bench", str(model), "--prompt", "40", "--generate", "8", "--threads", "1", "--repeat", "2"]
-    done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    done = CliRunner().invoke(make_app(), [*arguments, "--json"], catch_exceptions=False)
     values = json.loads(done.stdout)
     assert values["weights"] == ("Q8_0" if as_gguf else "F32") and values["threads"] == 1 and values["cpu"]
     assert len(values["prompt_runs"]) == len(values["decode_runs"]) == 2
@@ -92,13 +92,13 @@ def test_bench_prints_figures(model_path, tmp_path, as_gguf):
     assert values["share_of_memory_rate"] == pytest.approx(
         values["decode_tokens_per_second"] * values["step_bytes"] / values["limits"]["model_bytes_per_second"]
     )
-    text = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
+    text = CliRunner().invoke(make_app(), arguments, catch_exceptions=False).stdout
     assert "tokens/s" in text and "GB/s" in text
 
 
 def test_bench_without_a_prompt(model_path):
     arguments = ["bench", str(model_path), "--prompt", "0", "--generate", "2", "--repeat", "1", "--json"]
-    values = json.loads(CliRunner().invoke(app, arguments, catch_exceptions=False).stdout)
+    values = json.loads(CliRunner().invoke(make_app(), arguments, catch_exceptions=False).stdout)
     assert values["prompt_tokens_per_second"] is None and values["decode_tokens_per_second"] > 0
 
 
@@ -106,4 +106,4 @@ def test_bench_names_a_missing_model(tmp_path):
     from lexmill.errors import LexmillError
 
     with pytest.raises(LexmillError, match=r"nothing\.gguf"):
-        CliRunner().invoke(app, ["bench", str(tmp_path / "nothing.gguf")], catch_exceptions=False)
+        CliRunner().invoke(make_app(), ["bench", str(tmp_path / "nothing.gguf")], catch_exceptions=False)

@@ -79,9 +79,9 @@ def test_weights_laid_side_by_side_are_rounded_each_in_its_way():
 def test_offsets_of_blocks_are_in_lexmill_s_order_of_rows(tmp_path, model, type):
     """The smallest weight of a block that ggml's plain rule made is its offset."""
     with GGUFFile.open(export_gguf(model, tmp_path / "m.gguf", type)) as file:
-        weights, offsets = file_weights(file, model), file_offsets(file, model)
+        weights, offsets = file_weights(file, model), file_offsets(file, model.config)
         assert offsets.keys() == {
-            name for name, kind in file_types(file, model).items() if kind == type.upper()
+            name for name, kind in file_types(file, model.config).items() if kind == type.upper()
         }
     assert any(name.endswith("attention.k.weight") for name in offsets)
     for name, found in offsets.items():

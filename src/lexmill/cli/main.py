@@ -3,54 +3,69 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import typer
 
-from lexmill.cli import (
-    answer,
-    bench,
-    chat,
-    classify,
-    data,
-    doctor,
-    embed,
-    evaluate,
-    explain,
-    export,
-    fill,
-    finetune,
-    generate,
-    imatrix,
-    import_model,
-    merge,
-    next_sentence,
-    ollama,
-    prepare,
-    pretrain,
-    push,
-    report,
-    run,
-    tokenizer,
-    verify,
-    write,
-)
+# Each verb: a module beside this one, and what of it is the verb, or the group of verbs.
+VERBS = {
+    "run": "run.run",
+    "prepare": "prepare.prepare",
+    "tokenizer": "tokenizer.app",
+    "data": "data.app",
+    "pretrain": "pretrain.pretrain",
+    "finetune": "finetune.finetune",
+    "merge": "merge.merge",
+    "evaluate": "evaluate.evaluate",
+    "generate": "generate.generate",
+    "chat": "chat.chat",
+    "fill": "fill.fill",
+    "next-sentence": "next_sentence.next_sentence",
+    "classify": "classify.classify",
+    "answer": "answer.answer",
+    "translate": "write.translate",
+    "summarise": "write.summarise",
+    "embed": "embed.embed",
+    "explain": "explain.app",
+    "import": "import_model.import_model",
+    "export": "export.app",
+    "ollama": "ollama.app",
+    "imatrix": "imatrix.imatrix",
+    "push": "push.push",
+    "verify": "verify.verify",
+    "report": "report.report",
+    "bench": "bench.bench",
+    "doctor": "doctor.doctor",
+}
 
-app = typer.Typer(
-    name="lexmill",
-    no_args_is_help=True,
-    rich_markup_mode=None,  # plain help: rich alone would take longer to start than the rest
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help=(
-        "From raw data to a running language model.\n\n"
-        "Begin with: lexmill run recipes/quickstart.toml\n\n"
-        "Exit codes: 0 done; 1 verify found a difference, or data check bad rows; 2 something that you can mend; "
-        "130 interrupted (the same command goes on)."
-    ),
-)
+
+def make_app(verbs: Iterable[str] = VERBS) -> typer.Typer:
+    """The command line with these verbs."""
+    app = typer.Typer(
+        name="lexmill",
+        no_args_is_help=True,
+        rich_markup_mode=None,  # plain help: rich alone would take longer to start than the rest
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help=(
+            "From raw data to a running language model.\n\n"
+            "Begin with: lexmill run recipes/quickstart.toml\n\n"
+            "Exit codes: 0 done; 1 verify found a difference, or data check bad rows; 2 something that you can mend; "
+            "130 interrupted (the same command goes on)."
+        ),
+    )
+    app.callback()(_options)
+    for verb in verbs:
+        module, name = VERBS[verb].split(".")
+        found = getattr(importlib.import_module(f"lexmill.cli.{module}"), name)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=verb)
+        else:
+            app.command(verb)(_guarded(found))
+    return app
 
 
 def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,35 +82,6 @@ def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-app.command("run")(_guarded(run.run))
-app.command("prepare")(_guarded(prepare.prepare))
-app.add_typer(tokenizer.app, name="tokenizer")
-app.add_typer(data.app, name="data")
-app.command("pretrain")(_guarded(pretrain.pretrain))
-app.command("finetune")(_guarded(finetune.finetune))
-app.command("merge")(_guarded(merge.merge))
-app.command("evaluate")(_guarded(evaluate.evaluate))
-app.command("generate")(_guarded(generate.generate))
-app.command("chat")(_guarded(chat.chat))
-app.command("fill")(_guarded(fill.fill))
-app.command("next-sentence")(_guarded(next_sentence.next_sentence))
-app.command("classify")(_guarded(classify.classify))
-app.command("answer")(_guarded(answer.answer))
-app.command("translate")(_guarded(write.translate))
-app.command("summarise")(_guarded(write.summarise))
-app.command("embed")(_guarded(embed.embed))
-app.add_typer(explain.app, name="explain")
-app.command("import")(_guarded(import_model.import_model))
-app.add_typer(export.app, name="export")
-app.add_typer(ollama.app, name="ollama")
-app.command("imatrix")(_guarded(imatrix.imatrix))
-app.command("push")(_guarded(push.push))
-app.command("verify")(_guarded(verify.verify))
-app.command("report")(_guarded(report.report))
-app.command("bench")(_guarded(bench.bench))
-app.command("doctor")(_guarded(doctor.doctor))
-
-
 def _version(asked: bool) -> None:
     if asked:
         from lexmill import __version__
@@ -104,7 +90,6 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: bool = typer.Option(
         False, "--version", help="Show the version.", callback=_version, is_eager=True
@@ -114,7 +99,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line: with the verb that is asked for alone, since every other one takes time to describe."""
     from lexmill.errors import LexmillError
     from lexmill.files import explain_os_errors
 
@@ -122,7 +107,8 @@ def main() -> None:
         from pathlib import Path
 
         with explain_os_errors(Path.cwd(), "work in"):
-            app()
+            asked = sys.argv[1:2]
+            make_app(asked if asked and asked[0] in VERBS else VERBS)()
     except LexmillError as error:
         _complain(error.message, error.hint)
         sys.exit(error.exit_code)

@@ -18,6 +18,7 @@ from lexmill.formats.blocks import BLOCK_TYPES, BlockType, encode
 from lexmill.formats.blocks32 import halves
 from lexmill.formats.gguf import GGUFFile, TensorToWrite, Value, string, u32, write_gguf
 from lexmill.formats.imatrix import ImportanceMatrix, read_imatrix
+from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.gguf_rope import ROPE_FREQS, divisors_differ, frequency_divisors
 from lexmill.model.gguf_shapes import (
@@ -319,20 +320,20 @@ def file_weights(file: GGUFFile, model: ModelDirectory) -> dict[str, np.ndarray]
     return weights
 
 
-def file_types(file: GGUFFile, model: ModelDirectory) -> dict[str, str]:
+def file_types(file: GGUFFile, config: ModelConfig) -> dict[str, str]:
     """The type that each weight has in a file, by lexmill's names; of one held twice, that of the projection."""
-    return {name.own: file.tensors[name.gguf].type.name for name in held_weights(model.config)}
+    return {name.own: file.tensors[name.gguf].type.name for name in held_weights(config)}
 
 
-def file_offsets(file: GGUFFile, model: ModelDirectory) -> dict[str, np.ndarray]:
+def file_offsets(file: GGUFFile, config: ModelConfig) -> dict[str, np.ndarray]:
     """What Q4_1 and Q5_1 add to each block of 32 weights: (rows, blocks) float32, in lexmill's order of rows."""
     found = {}
-    for name in held_weights(model.config):
+    for name in held_weights(config):
         info = file.tensors[name.gguf]
         if info.type.name in _WITH_OFFSETS:
             blocks = file.raw(name.gguf).reshape(-1, info.type.block_bytes)
             rows = halves(blocks, 2).reshape(*info.shape[:-1], -1)  # behind the scale
-            found[name.own] = weight_from_gguf(rows, model.config, name)
+            found[name.own] = weight_from_gguf(rows, config, name)
     return found
 
 

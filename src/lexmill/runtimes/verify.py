@@ -98,7 +98,8 @@ def verify(
     if llama_server is not None:
         find_server(llama_server)
     asked_ollama = ollama_place(ollama) if ollama else None
-    from lexmill.runtimes.verify_engine import has_engine, open_engine
+    from lexmill.inference.native.library import available
+    from lexmill.runtimes.verify_engine import open_engine
 
     with progress.task("verify", 10 + 11 * len(ggufs) + (5 if ollama else 0), "checks") as task:
         task.advance(0, "lexmill")
@@ -107,7 +108,7 @@ def verify(
         checks: list[Check] = []
         if transformers:
             checks += _compare("transformers", open_transformers(directory), own.asked, task)
-        own.engine = engine and own.reference is not None and has_engine(own.shape)
+        own.engine = engine and own.read and available()
         if own.engine:
             checks += _compare("engine", open_engine(directory.path), own.asked_of_engine, task)
         diagnoses: list[Diagnosis] = []
@@ -168,9 +169,16 @@ class _Own:
 
     def asked_of_engine(self, name: str, runtime: Any) -> Iterator[Check]:
         """The checks of the engine with the model directory."""
-        from lexmill.runtimes.verify_engine import compare_engine, reference_of_directory
+        from lexmill.runtimes.verify_engine import (
+            compare_engine,
+            compare_engine_shape,
+            reference_of_directory,
+            types_of,
+        )
 
-        assert self.reference is not None
+        if self.reference is None:
+            types = types_of(self.directory)
+            return compare_engine_shape(name, runtime, self.model, types, {}, self.tokens)
         return compare_engine(name, runtime, *reference_of_directory(self.reference, self.directory))
 
     def asked_of_ollama(self, told: str, name: str, server: OllamaServer) -> Iterator[Check]:
@@ -212,21 +220,22 @@ def _check_gguf(path: Path, own: _Own, server: Path | str | None, task: Task) ->
     except LexmillError as error:
         yield Check(name, "weights", False, detail=str(error))
         return
-    asked, cost, in_engine = _asked_of_file(own, held, type)
+    asked, cost, in_engine = _asked_of_file(own, path, held, type)
     yield replace(check, detail=check.detail + cost)
     task.advance(1)
     if not own.read:
         yield Check(
             name, "runs", None, detail="the model has no tokenizer, without which no file of it is known"
         )
-    elif own.shape == "encoder_decoder":
+        return
+    if own.shape == "encoder_decoder":
         yield Check(name, "runs", None, detail=_ONLY_WEIGHTS)
     else:
         yield from _compare(name, _llama_cpp(path, own, server), asked, task)
-        if own.engine and in_engine is not None:
-            from lexmill.runtimes.verify_engine import open_engine
+    if own.engine:
+        from lexmill.runtimes.verify_engine import open_engine
 
-            yield from _compare(f"engine {type or path.stem}", open_engine(path), in_engine, task)
+        yield from _compare(f"engine {type or path.stem}", open_engine(path), in_engine, task)
 
 
 def _weights_check(runtime: str, file: GGUFFile, directory: ModelDirectory) -> Check:
@@ -254,27 +263,38 @@ class _Held(NamedTuple):
 
     @classmethod
     def read(cls, file: GGUFFile, model: ModelDirectory) -> _Held:
-        return cls(file_weights(file, model), file_types(file, model), file_offsets(file, model))
+        return cls(
+            file_weights(file, model), file_types(file, model.config), file_offsets(file, model.config)
+        )
 
 
-def _asked_of_file(own: _Own, held: _Held | None, type: str | None) -> tuple[_Asked, str, _Asked | None]:
+def _asked_of_file(own: _Own, path: Path, held: _Held | None, type: str | None) -> tuple[_Asked, str, _Asked]:
     """What is asked of llama.cpp running a file, what the detail says of what rounding cost, and what the engine is asked.
 
     The other side is lexmill running what the file holds, or for None the model's own weights. That
     is also what a file that does not hold the model is compared with: two that agree on something else
     prove nothing.
     """
-    from lexmill.runtimes.verify_embeddings import compare_embeddings
-    from lexmill.runtimes.verify_engine import compare_engine
+    from lexmill.runtimes.verify_embeddings import compare_embeddings, same_embeddings
+    from lexmill.runtimes.verify_engine import compare_engine, compare_engine_shape
 
     if own.reference is None:
-        model, rounded = own.model, None
-        if held is not None and own.shape == "encoder":
-            from lexmill.runtimes.verify_rounding import Rounded
+        from lexmill.runtimes.verify_rounding import Rounded
 
-            model = own.with_weights(held.weights)
-            rounded = Rounded(model.network, held.types, held.offsets)
-        return lambda name, runtime: compare_embeddings(name, runtime, model, type, rounded), "", None
+        if own.shape == "encoder_decoder":  # llama.cpp is not asked
+            asked = lambda name, runtime: compare_engine_shape(  # noqa: E731
+                name, runtime, *(_loaded(path) if held else (own.model, {}, {})), own.tokens
+            )
+            return asked, "", asked
+        model, types, offsets = own.model, {}, {}
+        if held is not None:
+            model, types, offsets = own.with_weights(held.weights), held.types, held.offsets
+        rounded = Rounded(model.network, types, offsets)
+        return (
+            lambda name, runtime: compare_embeddings(name, runtime, model, type, rounded),
+            "",
+            lambda name, runtime: iter([same_embeddings(name, runtime.embed, model, type, rounded)]),
+        )
     reference, cost, tolerance = own.reference, "", TOLERANCES.get(type or "")
     if type == "f32":
         tolerance = exact_tolerance(reference.spread)
@@ -289,6 +309,18 @@ def _asked_of_file(own: _Own, held: _Held | None, type: str | None) -> tuple[_As
         cost,
         lambda name, runtime: compare_engine(name, runtime, reference, tolerance),
     )
+
+
+def _loaded(path: Path) -> tuple[LanguageModel, dict[str, str], dict[str, np.ndarray]]:
+    """An encoder–decoder of a file in torch, the types of its weights and their offsets.
+
+    A file may hold more than the model: T5's first form has its scaled embedding a second time, as the output.
+    """
+    from lexmill.inference.language_model import load
+
+    model = load(path, backend="torch")
+    with GGUFFile.open(path) as file:
+        return model, file_types(file, model.config), file_offsets(file, model.config)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -46,11 +46,26 @@ def compare_embeddings(
     limit = LlamaWordPiece(tokenizer)
     check = same_ids(name, {text: tokenizer.encode(text) for text in TEXTS}, runtime.tokenize, limit)
     yield Stress(tokenizer).added_to(check, runtime.tokenize, limit)
-    texts = usable_texts(tokenizer, model.config.context)
+    yield same_embeddings(name, runtime.embed, model, type, rounded)
+
+
+def same_embeddings(
+    name: str,
+    embed: Callable[[list[int]], np.ndarray],
+    model: LanguageModel,
+    type: str | None,
+    rounded: Rounded | None,
+) -> Check:
+    """The second: the angle between two vectors of a text; other arguments as in `compare_embeddings`.
+
+    Args:
+        embed: what the runtime makes of a text's ids, (width,).
+    """
+    texts = usable_texts(model.tokenizer, model.config.context)
     apart, noise = [], []
     for ids in texts.values():
         ours = _vector(model, ids)
-        apart.append(_between(ours, runtime.embed(ids)))
+        apart.append(_between(ours, embed(ids)))
         if rounded is not None and rounded.names:
             with rounded:
                 noise.append(_between(ours, _vector(model, ids)))
@@ -64,10 +79,9 @@ def compare_embeddings(
         )
     if tolerance is None:
         detail += "; no tolerance is stated for this type of file"
-        yield Check(name, "embeddings", None, detail=detail)
-        return
+        return Check(name, "embeddings", None, detail=detail)
     figure = float(np.max(apart))
-    yield Check(name, "embeddings", bool(figure <= tolerance), figure, tolerance, detail)
+    return Check(name, "embeddings", bool(figure <= tolerance), figure, tolerance, detail)
 
 
 def _vector(model: LanguageModel, ids: list[int]) -> np.ndarray:

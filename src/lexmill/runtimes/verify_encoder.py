@@ -26,7 +26,7 @@ _EMBEDDING_TOLERANCE = 1e-4
 
 
 class EncoderComparison:
-    """transformers' answers against lexmill's; each method is one check.
+    """A runtime's answers against lexmill's, in float32; each method is one check.
 
     Args:
         name: of the runtime.
@@ -59,6 +59,10 @@ class EncoderComparison:
             yield self.tokens()
             if reads_back(self.model.tokenizer):
                 yield self.round_trip()
+        yield from self.answers()
+
+    def answers(self) -> Iterator[Check]:
+        """Of these, those of what the model computes."""
         if self.config.mlm:
             yield self.logits()
         if self.config.nsp:

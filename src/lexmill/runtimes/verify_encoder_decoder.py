@@ -13,29 +13,36 @@ from lexmill.runtimes.verify_cases import SOURCES, TEXTS, id_rows, with_gap
 from lexmill.runtimes.verify_checks import same_ids, same_logprobs
 from lexmill.runtimes.verify_report import Check, counted, short
 from lexmill.runtimes.verify_stress import Stress
-from lexmill.runtimes.verify_tolerances import TOLERANCES
+from lexmill.runtimes.verify_tolerances import TOLERANCES, Tolerance, mean_divergence
 
 if TYPE_CHECKING:
     from lexmill.runtimes.verify_transformers import TransformersEncoderDecoder
 
 _BEAMS = 4
-_TIE = TOLERANCES["transformers"].tie
 
 
 class EncoderDecoderComparison:
-    """transformers' answers against lexmill's; each method is one check.
+    """A runtime's answers against lexmill's; each method is one check.
 
     Args:
         name: of the runtime.
         model: lexmill's own, the reference.
         read: whether the model has a tokenizer; without one only logits of ids are compared.
         tokens: how many to write for each text.
+        tolerance: where the runtime rounds; None: as far as float32 rounds.
     """
 
     def __init__(
-        self, name: str, runtime: TransformersEncoderDecoder, model: LanguageModel, read: bool, tokens: int
+        self,
+        name: str,
+        runtime: TransformersEncoderDecoder,
+        model: LanguageModel,
+        read: bool,
+        tokens: int,
+        tolerance: Tolerance | None = None,
     ) -> None:
         self.name, self.runtime, self.model, self.read, self.limit = name, runtime, model, read, tokens
+        self.tolerance = tolerance or TOLERANCES["transformers"]
         config = model.config
         if read:
             encode = model.tokenizer.encode
@@ -59,11 +66,16 @@ class EncoderDecoderComparison:
             ids = {text: tokenizer.encode(text) for text in TEXTS}
             check = same_ids(self.name, ids, self.runtime.tokenize)
             yield Stress(tokenizer).added_to(check, self.runtime.tokenize)
+        yield from self.answers()
+        if self.read:
+            yield self._written("stop tokens", self.stops)
+
+    def answers(self) -> Iterator[Check]:
+        """Of these, those of what the model computes."""
         yield self.logits()
         if self.read:
             yield self._written("greedy", self.greedy)
             yield self._written("beams", self.beams)
-            yield self._written("stop tokens", self.stops)
 
     def logits(self) -> Check:
         """What follows each token of a given target."""
@@ -72,7 +84,14 @@ class EncoderDecoderComparison:
             (self.model.logits(source, [start, *target]), self.runtime.logits(source, [start, *target]))
             for source, target in self.pairs
         )
-        return same_logprobs(self.name, "logits", cases, "pairs of source and target")
+        if self.tolerance.kind == "max":
+            return same_logprobs(self.name, "logits", cases, "pairs of source and target")
+        ours, theirs = (log_softmax(np.concatenate(logits)) for logits in zip(*cases))
+        figure, allowed = mean_divergence(ours, theirs), self.tolerance.logits
+        detail = (
+            f"{len(self.pairs)} pairs of source and target, {len(ours)} positions: mean KL {figure:.2g} nats"
+        )
+        return Check(self.name, "logits", figure <= allowed, figure, allowed, detail)
 
     def _written(self, name: str, check: Callable[[], Check]) -> Check:
         """A check that needs `generate`, which may break down where the model is none the worse for it."""
@@ -133,10 +152,10 @@ class EncoderDecoderComparison:
         """Continuations that are the same ids, or part where `gap` is a tie."""
         same = sum(ours == theirs for _, ours, theirs, _ in cases)
         apart = [(source, gap) for source, ours, theirs, gap in cases if ours != theirs]
-        wrong = [(source, gap) for source, gap in apart if not gap <= _TIE]
+        wrong = [(source, gap) for source, gap in apart if not gap <= self.tolerance.tie]
         detail = f"{same} of {len(cases)} {unit} identical"
         if len(apart) > len(wrong):
-            detail += f", {len(apart) - len(wrong)} but for ties (allowed {_TIE:g})"
+            detail += f", {len(apart) - len(wrong)} but for ties (allowed {self.tolerance.tie:.2g})"
         if wrong:
             source, gap = wrong[0]
             text = short(self.model.tokenizer.decode(source))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from lexmill.model.directory import ModelDirectory
 from lexmill.runtimes.verify_cases import CONVERSATIONS, TEXTS
 from lexmill.runtimes.verify_rounding import Rounded
 from lexmill.runtimes.verify_stress import Stress
-from lexmill.runtimes.verify_tolerances import Noise, gap_moves, mean_divergence
+from lexmill.runtimes.verify_tolerances import Answers, Noise
 
 _SPECIAL = 64  # texts of special tokens that are tried; some models have hundreds that are alike
 _EVERY = 16  # tokens of a continuation between two positions whose log-probabilities are compared
@@ -98,12 +97,7 @@ class Reference:
             rounded = other._answers(other._rounded, plain.best)
             again = other._answers(Rounded(decoder, types, offsets, shaken=True), plain.best)
             other.rounded_logprobs = rounded.logprobs
-            other.noise = Noise(
-                mean_divergence(plain.logprobs, rounded.logprobs),
-                gap_moves(plain.pairs, rounded.pairs),
-                mean_divergence(rounded.logprobs, again.logprobs),
-                gap_moves(rounded.pairs, again.pairs),
-            )
+            other.noise = Noise.between(plain, rounded, again)
         return other
 
     def row(self, ids: Sequence[int]) -> np.ndarray:
@@ -114,8 +108,8 @@ class Reference:
         with within or contextlib.nullcontext():
             return log_softmax(self.model.logits(ids))
 
-    def _answers(self, within: Rounded | None = None, best: np.ndarray | None = None) -> _Answers:
-        """Every text is read once; `best` as in `_Answers`, where it is known already."""
+    def _answers(self, within: Rounded | None = None, best: np.ndarray | None = None) -> Answers:
+        """Every text is read once; `best` as in `Answers`, where it is known already."""
         at_positions, two, pairs, done = [], [], [], 0
         for begin, ids in self._texts:
             rows = self._rows(ids, within)
@@ -123,7 +117,7 @@ class Reference:
             two.append(np.argsort(-rows, -1)[:, :2] if best is None else best[done : done + len(rows)])
             pairs.append(np.take_along_axis(rows, two[-1], -1))
             done += len(rows)
-        return _Answers(*map(np.concatenate, (at_positions, two, pairs)))
+        return Answers(*map(np.concatenate, (at_positions, two, pairs)))
 
     def _continued(self) -> list[tuple[list[int], int, list[int]]]:
         # the last position of the context stays free: runtimes count it differently
@@ -154,20 +148,6 @@ class Reference:
         if len(chosen) < limit:  # it ended here: the best of the tokens that end a text was chosen
             gaps = np.append(gaps, rows[-1].max() - rows[-1][list(self.tokenizer.ids.stop)].max())
         return gaps
-
-
-class _Answers(NamedTuple):
-    """What one pass over all texts leaves.
-
-    Attributes:
-        logprobs: (positions, vocabulary).
-        best: the two likeliest tokens at every place of every text, (places, 2).
-        pairs: their log-probabilities, (places, 2).
-    """
-
-    logprobs: np.ndarray
-    best: np.ndarray
-    pairs: np.ndarray
 
 
 def _ends(begin: int, ids: Sequence[int]) -> list[int]:

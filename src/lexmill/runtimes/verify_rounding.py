@@ -58,8 +58,8 @@ def _to_q8_k(values: torch.Tensor) -> torch.Tensor:
     return (torch.round(blocks * inverse) * scale).reshape(values.shape)
 
 
-_F16 = Rounding("F16", lambda values: values.half().float())
 _BF16 = Rounding("BF16", lambda values: values.bfloat16().float())
+_F16 = Rounding("F16", lambda values: values.half().float())
 _Q8_0, _Q8_K = Rounding("Q8_0", _to_q8_0), Rounding("Q8_K", _to_q8_k)
 _Q8_1 = Rounding("Q8_1", _to_q8_0)  # the same blocks; their sums are `_sum_errors`
 # By the type of the weights (ggml-cpu.c, `vec_dot_type`).
@@ -90,6 +90,8 @@ class Rounded(TorchFunctionMode):
         offsets: of the weights whose types have them, (rows, blocks) by the same names.
         shaken: move each input by about the last bit of a float32 first, the same way each time. What
             changes then is what no program could get the same.
+        in_bf16: multiply in bfloat16 instead, as the engine reads prompts: inputs and weights that are not
+            float32 are rounded to it, and so are queries, keys and values.
     """
 
     def __init__(
@@ -98,8 +100,10 @@ class Rounded(TorchFunctionMode):
         types: Mapping[str, str],
         offsets: Mapping[str, np.ndarray],
         shaken: bool = False,
+        in_bf16: bool = False,
     ) -> None:
         super().__init__()
+        self._in_bf16 = in_bf16
         self._products = {
             id(weight): _Product(
                 ROUNDING.get(types.get(name, "")),
@@ -120,6 +124,9 @@ class Rounded(TorchFunctionMode):
         return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention and self._in_bf16:
+            rounded: Any = [_BF16.apply(side) for side in args[:3]]
+            return func(*rounded, *args[3:], **(kwargs or {}))
         if func is not torch.nn.functional.linear:
             result = func(*args, **(kwargs or {}))
             if func is torch.cat and all(id(part) in self._products and part.ndim == 2 for part in args[0]):
@@ -135,6 +142,8 @@ class Rounded(TorchFunctionMode):
 
     def _multiplied(self, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         rounding, offsets = self._products.get(id(weight), _EXACT)
+        if self._in_bf16:
+            return values @ weight.T if rounding is None else _BF16.apply(values) @ _BF16.apply(weight).T
         rounded = values if rounding is None else rounding.apply(values)
         product = rounded @ weight.T
         return product if offsets is None else product + _sum_errors(values) @ offsets.T

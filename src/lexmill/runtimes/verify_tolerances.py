@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +43,20 @@ TOLERANCES = {
 }
 
 
+class Answers(NamedTuple):
+    """lexmill's log-probabilities.
+
+    Attributes:
+        logprobs: (positions, vocabulary).
+        best: the two likeliest tokens of every place of every text, (places, 2).
+        pairs: log-probabilities of these; where `best` was given, of those two.
+    """
+
+    logprobs: np.ndarray
+    best: np.ndarray
+    pairs: np.ndarray
+
+
 @dataclass(frozen=True)
 class Noise:
     """What rounding activations costs one model with the weights of one file.
@@ -57,6 +72,16 @@ class Noise:
     gap: float
     spread: float
     spread_gap: float
+
+    @classmethod
+    def between(cls, plain: Answers, rounded: Answers, again: Answers) -> Noise:
+        """Of three ways to answer the same questions."""
+        return cls(
+            mean_divergence(plain.logprobs, rounded.logprobs),
+            gap_moves(plain.pairs, rounded.pairs),
+            mean_divergence(rounded.logprobs, again.logprobs),
+            gap_moves(rounded.pairs, again.pairs),
+        )
 
 
 def tolerance_of(noise: Noise) -> Tolerance:
