@@ -66,33 +66,43 @@ def verify(
 
 
 def show_checks(report: dict[str, Any], screen: Any) -> None:
-    """Print one row a check and one column a runtime; details of what is not plainly equal, and causes, follow."""
+    """Print one row a check and one column a runtime, lexmill's engine apart; details of what is not plainly equal, and causes, follow."""
     from rich.table import Table
     from rich.text import Text
 
     checks: list[dict[str, Any]] = report["checks"]
-    names = list(dict.fromkeys(check["check"] for check in checks))
-    table = Table(title="the same answers as lexmill?", title_justify="left")
-    table.add_column("check", no_wrap=True)
-    runtimes = list(dict.fromkeys(check["runtime"] for check in checks))
-    for runtime in runtimes:
-        table.add_column(runtime, overflow="fold", no_wrap=" " not in runtime)
     words: dict[Any, tuple[str, str]] = {
         True: ("equal", "green"),
         False: ("DIFFERENT", "bold red"),
         None: ("not checked", "yellow"),
     }
-    for name in names:
-        cells = []
+    ours = [check for check in checks if check["runtime"].split()[0] == "engine"]
+    parts = (
+        ("the same answers as lexmill?", [check for check in checks if check not in ours]),
+        ("and in lexmill's own engine?", ours),
+    )
+    for title, part in parts:
+        if not part:
+            continue
+        table = Table(title=title, title_justify="left")
+        table.add_column("check", no_wrap=True)
+        runtimes = list(dict.fromkeys(check["runtime"] for check in part))
         for runtime in runtimes:
-            found = [check for check in checks if check["runtime"] == runtime and check["check"] == name]
-            if not found:
-                cells.append(Text("-"))
-                continue
-            word, style = ("limit", "yellow") if _limits(found[0]) else words[found[0]["passed"]]
-            cells.append(Text(word + ("*" if _with_ties(found[0]) else ""), style))
-        table.add_row(name, *cells)
-    screen.print(table)
+            heading = (
+                runtime.removeprefix("engine ").replace("engine", "the model") if part is ours else runtime
+            )
+            table.add_column(heading, overflow="fold", no_wrap=" " not in runtime)
+        for name in dict.fromkeys(check["check"] for check in part):
+            cells = []
+            for runtime in runtimes:
+                found = [check for check in part if check["runtime"] == runtime and check["check"] == name]
+                if not found:
+                    cells.append(Text("-"))
+                    continue
+                word, style = ("limit", "yellow") if _limits(found[0]) else words[found[0]["passed"]]
+                cells.append(Text(word + ("*" if _with_ties(found[0]) else ""), style))
+            table.add_row(name, *cells)
+        screen.print(table)
     screen.print("Figures, tolerances and details are in the JSON and in the report.", style="dim")
     for check in checks:
         if _with_ties(check):

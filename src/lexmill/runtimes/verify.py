@@ -101,7 +101,7 @@ def verify(
     from lexmill.inference.native.library import available
     from lexmill.runtimes.verify_engine import open_engine
 
-    with progress.task("verify", 10 + 11 * len(ggufs) + (5 if ollama else 0), "checks") as task:
+    with progress.task("verify", 10 + 12 * len(ggufs) + (5 if ollama else 0), "checks") as task:
         task.advance(0, "lexmill")
         own = _Own(load(directory.path, backend="torch"), directory, prompts, tokens)
         task.advance(1)
@@ -115,8 +115,11 @@ def verify(
         for path in map(Path, ggufs):
             found = list(_check_gguf(path, own, llama_server, task))
             checks += found
-            if failed := {check.check for check in found if check.passed is False}:
-                diagnoses += diagnose_file(found[0].runtime, path, directory, failed)
+            of_file = found[0].runtime
+            if failed := {
+                check.check for check in found if check.passed is False and check.runtime == of_file
+            }:
+                diagnoses += diagnose_file(of_file, path, directory, failed)
         if asked_ollama is not None:
             address, told = asked_ollama
             server = contextlib.nullcontext(OllamaServer(address))

@@ -63,6 +63,7 @@ class Reference:
         self.noise: Noise | None = None
         self.length = tokens
         self._rounded: Rounded | None = None
+        self._in_bf16: Rounded | None = None
         self.greedy = self._continued()
         self._texts = [(len(ids), ids + answer) for ids, _, answer in self.greedy]
         self.positions = [ids[:end] for begin, ids in self._texts for end in _ends(begin, ids)]
@@ -98,7 +99,16 @@ class Reference:
             again = other._answers(Rounded(decoder, types, offsets, shaken=True), plain.best)
             other.rounded_logprobs = rounded.logprobs
             other.noise = Noise.between(plain, rounded, again)
+            other._in_bf16 = Rounded(decoder, types, offsets, in_bf16=True)
         return other
+
+    def noise_in_bf16(self) -> Noise:
+        """What it costs to multiply in bfloat16, in attention too, with weights that are not float32."""
+        assert self._in_bf16 is not None
+        plain = self._answers()
+        rounded = self._answers(self._in_bf16, plain.best)
+        again = self._answers(self._in_bf16.shaken(), plain.best)
+        return Noise.between(plain, rounded, again)
 
     def row(self, ids: Sequence[int]) -> np.ndarray:
         """Log-probabilities of what follows `ids`: (vocabulary,)."""

@@ -6,6 +6,7 @@ turns that off on a CPU. How much that changes depends on the model, so it is me
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -117,6 +118,12 @@ class Rounded(TorchFunctionMode):
         self._shaken = shaken
         # the last matrices that were laid side by side for one product, as queries, keys and values are
         self._joined: tuple[torch.Tensor | None, list[torch.Tensor]] = (None, [])
+
+    def shaken(self) -> Rounded:
+        """The same, shaken."""
+        other = copy.copy(self)
+        other._shaken = True
+        return other
 
     def __enter__(self) -> Rounded:
         self._generator = torch.Generator().manual_seed(0)
