@@ -145,7 +145,7 @@ def reference_of_directory(reference: Reference, directory: ModelDirectory) -> t
 
 def types_of(directory: ModelDirectory) -> dict[str, str]:
     """As what each weight of a directory is stored."""
-    return {own: directory.weight_dtype(own) for own in directory.weights()}
+    return {own: directory.weight_dtype(own) for own in directory.weights_on_demand()}
 
 
 def compare_engine(name: str, runtime: Any, reference: Reference, tolerance: Any) -> Iterator[Check]:
@@ -214,11 +214,8 @@ def _noise(
         return Answers(logprobs, best, np.take_along_axis(logprobs, best, -1))
 
     def noise(in_bf16: bool) -> Noise:
-        rounded, again = (
-            answers(Rounded(model.network, types, offsets, shaken, in_bf16), plain.best)
-            for shaken in (False, True)
-        )
-        return Noise.between(plain, rounded, again)
+        rounded = Rounded(model.network, types, offsets, in_bf16=in_bf16)
+        return Noise.between(plain, answers(rounded, plain.best), answers(rounded.shaken(), plain.best))
 
     plain = answers()
     return max(noise(False), noise(True), key=lambda found: found.cost)

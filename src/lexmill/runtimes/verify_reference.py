@@ -68,7 +68,7 @@ class Reference:
         self._texts = [(len(ids), ids + answer) for ids, _, answer in self.greedy]
         self.positions = [ids[:end] for begin, ids in self._texts for end in _ends(begin, ids)]
         self.logprobs = self._answers().logprobs
-        shaken = self._answers(Rounded(model.network, {}, {}, shaken=True)).logprobs
+        shaken = self._answers(Rounded(model.network, {}, {}).shaken()).logprobs
         self.spread = float(np.abs(self.logprobs - shaken).max())
 
     def with_weights(
@@ -96,7 +96,7 @@ class Reference:
         other.rounding = " and ".join(other._rounded.names)
         if other.rounding:
             rounded = other._answers(other._rounded, plain.best)
-            again = other._answers(Rounded(decoder, types, offsets, shaken=True), plain.best)
+            again = other._answers(other._rounded.shaken(), plain.best)
             other.rounded_logprobs = rounded.logprobs
             other.noise = Noise.between(plain, rounded, again)
             other._in_bf16 = Rounded(decoder, types, offsets, in_bf16=True)

@@ -89,8 +89,6 @@ class Rounded(TorchFunctionMode):
     Args:
         types: the type of each weight in the file, by lexmill's names.
         offsets: of the weights whose types have them, (rows, blocks) by the same names.
-        shaken: move each input by about the last bit of a float32 first, the same way each time. What
-            changes then is what no program could get the same.
         in_bf16: multiply in bfloat16 instead, as the engine reads prompts: inputs and weights that are not
             float32 are rounded to it, and so are queries, keys and values.
     """
@@ -100,7 +98,6 @@ class Rounded(TorchFunctionMode):
         network: torch.nn.Module,
         types: Mapping[str, str],
         offsets: Mapping[str, np.ndarray],
-        shaken: bool = False,
         in_bf16: bool = False,
     ) -> None:
         super().__init__()
@@ -115,12 +112,15 @@ class Rounded(TorchFunctionMode):
         self.names = sorted(
             {product.rounding.name for product in self._products.values() if product.rounding}
         )
-        self._shaken = shaken
+        self._shaken = False
         # the last matrices that were laid side by side for one product, as queries, keys and values are
         self._joined: tuple[torch.Tensor | None, list[torch.Tensor]] = (None, [])
 
     def shaken(self) -> Rounded:
-        """The same, shaken."""
+        """The same, but each input is moved by about the last bit of a float32 first, the same way each time.
+
+        What changes then is what no program could get the same.
+        """
         other = copy.copy(self)
         other._shaken = True
         return other
