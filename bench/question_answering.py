@@ -27,7 +27,7 @@ from lexmill.evaluate.qa_metrics import answer_scores
 from lexmill.finetune.extractive import span_examples, span_loss
 from lexmill.inference.judging import AnswerSettings, find_answers
 from lexmill.inference.torch_backend import head_logits
-from lexmill.model.build import build_model
+from lexmill.model.build import build_loaded
 from lexmill.model.directory import ModelDirectory, write_model_directory
 from lexmill.model.heads import with_span
 from lexmill.train.batches import pack
@@ -73,8 +73,7 @@ def learn(model, losses, steps: int, rate: float) -> float:
 
 def ours(base: ModelDirectory, steps: list[list[Example]], length: int, rate: float, precision: str):
     """lexmill's side: (model, seconds)."""
-    model = build_model(base.config)
-    model.load_weights(base.weights_on_demand())
+    model = build_loaded(base.config, base.weights_on_demand())
 
     def loss(step: int) -> torch.Tensor:
         batch = pack(steps[step], length, base.tokenizer.ids.pad or 0)
@@ -184,8 +183,7 @@ def main() -> None:
         }
         rows = options.window, options.overlap
         if not seed and options.only != "transformers":
-            model = build_model(base.config)
-            model.load_weights(base.weights_on_demand())
+            model = build_loaded(base.config, base.weights_on_demand())
             found["before"].append(score(base, lambda pairs, m=model: head_logits(m, pairs), test, *rows))
         for name in [options.only] if options.only else sorted(both, reverse=bool(seed % 2)):
             torch.manual_seed(seed)

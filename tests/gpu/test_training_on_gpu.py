@@ -19,7 +19,7 @@ from lexmill.inference.generation import GenerationConfig, generate
 from lexmill.inference.sampling import SamplingConfig
 from lexmill.inference.torch_backend import TorchSession
 from lexmill.model.adapter import LoraConfig
-from lexmill.model.build import build_model
+from lexmill.model.build import build_loaded
 from lexmill.model.directory import ModelDirectory
 from lexmill.pretrain.shape import ShapeConfig
 from lexmill.pretrain.stage import PretrainConfig, pretrain
@@ -151,8 +151,7 @@ def test_chat_is_learned_and_written(model_path, tmp_path):
     for one, other in zip(said["cpu"][1][0], said["cuda"][1][0]):
         assert one["loss"] == pytest.approx(other["loss"], abs=2e-3)
     # what lies on disk is what was learned there, read by a CPU
-    network = build_model(said["cuda"][2].config)
-    network.load_weights(said["cuda"][2].weights_on_demand())
+    network = build_loaded(said["cuda"][2].config, said["cuda"][2].weights_on_demand())
     assert all(torch.isfinite(weight).all() for weight in network.parameters())
 
 

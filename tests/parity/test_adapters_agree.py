@@ -10,7 +10,7 @@ from conftest import randomise
 from lexmill.inference.language_model import load
 from lexmill.model.adapter import LoraConfig
 from lexmill.model.adapter_files import AdapterDirectory, write_adapter
-from lexmill.model.build import build_model
+from lexmill.model.build import build_loaded, build_model
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
 from lexmill.model.lora import add_adapter, begin_adapter, read_adapter
@@ -64,8 +64,7 @@ def base_of(case, folder, tokenizer):
 
 
 def network(directory, adapter=None):
-    model = build_model(directory.config)
-    model.load_weights(directory.weights())
+    model = build_loaded(directory.config, directory.weights())
     if adapter is not None:
         add_adapter(model, adapter)
     return model.eval()

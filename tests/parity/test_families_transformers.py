@@ -8,7 +8,7 @@ import torch
 from conftest import randomise
 
 import lexmill
-from lexmill.model.build import build_model
+from lexmill.model.build import build_loaded, build_model
 from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
 from lexmill.model.names import weight_names, weight_shapes
@@ -137,8 +137,7 @@ def our_numbers(model):
 def test_their_directories_open_here_with_equal_logits_and_gradients(case, tmp_path):
     reference = theirs(case)
     reference.save_pretrained(tmp_path)
-    model = build_model(ModelDirectory.open(tmp_path).config).eval()
-    model.load_weights(ModelDirectory.open(tmp_path).weights())
+    model = build_loaded(ModelDirectory.open(tmp_path).config, ModelDirectory.open(tmp_path).weights()).eval()
     expected, found = their_numbers(reference), our_numbers(model)
     assert [one.shape for one in found] == [one.shape for one in expected]
     for mine, other in zip(found, expected):
@@ -197,8 +196,7 @@ def test_t5_with_a_projection_of_its_own(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(saved | {"tie_word_embeddings": False}))
     opened = ModelDirectory.open(tmp_path)
     assert not opened.config.tied and not opened.config.scale_output
-    model = build_model(opened.config).eval()
-    model.load_weights(opened.weights())
+    model = build_loaded(opened.config, opened.weights()).eval()
     assert (model(TOKENS, WRITTEN) - their_numbers(reference)[0]).abs().max() < 1e-5
 
 

@@ -7,11 +7,11 @@ from conftest import randomise
 import lexmill.model.adapted
 import lexmill.model.attention
 import lexmill.model.mlp
-from lexmill.model.adapted import LoraLinear, adapted, keep_in_bfloat16
+from lexmill.model.adapted import LoraLinear, adapted
 from lexmill.model.adapter import LoraConfig
-from lexmill.model.build import build_model
+from lexmill.model.build import build_loaded, build_model
 from lexmill.model.config import ModelConfig
-from lexmill.model.lora import add_adapter, begin_adapter, without_adapter
+from lexmill.model.lora import add_adapter, begin_adapter, frozen_matrices, without_adapter
 from lexmill.train.precision import autocast
 
 SHAPE = {"vocab_size": 512, "width": 64, "layers": 2, "heads": 4, "head_width": 16, "context": 128}
@@ -20,10 +20,12 @@ QWEN = ModelConfig(**SHAPE, kv_heads=4, mlp_width=96, qkv_bias=True)
 TOKENS = torch.randint(0, 512, (3, 40), generator=torch.Generator().manual_seed(0))
 
 
-def learner(config, **lora):
-    """A frozen model with an adapter that already changes something."""
-    model = randomise(build_model(config))
-    add_adapter(model, begin_adapter(model, LoraConfig(rank=4, **lora), seed=0))
+def learner(config, kept=False, **lora):
+    """A frozen model with an adapter that already changes something; `kept` in bfloat16."""
+    lora, model = LoraConfig(rank=4, **lora), randomise(build_model(config))
+    if kept:
+        model = build_loaded(config, model.weights(), frozen_matrices(lora, config))
+    add_adapter(model, begin_adapter(model, lora, seed=0))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,9 +54,7 @@ def off_by(found, exact):
 @pytest.mark.parametrize("kept", [False, True], ids=["float32", "kept"])
 def test_together_is_as_near_to_float32_as_one_by_one(config, lora, kept, monkeypatch):
     exact, exact_gradients = hidden_and_gradients(learner(config, **lora), "float32")
-    model = learner(config, **lora)
-    if kept:
-        keep_in_bfloat16(model)
+    model = learner(config, kept, **lora)
     found, gradients = hidden_and_gradients(model, "bfloat16")
     for place in (lexmill.model.adapted, lexmill.model.attention, lexmill.model.mlp):
         monkeypatch.setattr(place, "adapted", lambda *_: None)
@@ -96,8 +96,7 @@ def test_products_of_whole_numbers_are_exact():
 
 
 def test_a_base_kept_in_16_bits_is_read_in_float32_too():
-    model, rounded = learner(LLAMA), learner(LLAMA)
-    keep_in_bfloat16(model)
+    model, rounded = learner(LLAMA, kept=True), learner(LLAMA)
     with torch.no_grad():
         for layer in rounded.modules():
             if isinstance(layer, LoraLinear):

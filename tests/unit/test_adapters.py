@@ -18,7 +18,7 @@ from lexmill.formats.safetensors_writing import write_safetensors
 from lexmill.inference.language_model import find_model, load
 from lexmill.model.adapter import QUANTISED_TYPES, LoraConfig, MergedWeights
 from lexmill.model.adapter_files import AdapterDirectory, is_adapter, write_adapter
-from lexmill.model.build import build_model
+from lexmill.model.build import build_loaded, build_model
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS, ModelConfig
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.lora import add_adapter, begin_adapter, read_adapter
@@ -64,8 +64,7 @@ def base(model_path):
 @pytest.fixture(scope="module")
 def adapter_path(tmp_path_factory, base):
     """An adapter in which nothing is zero."""
-    model = build_model(base.config)
-    model.load_weights(base.weights())
+    model = build_loaded(base.config, base.weights())
     adapter = begin_adapter(model, LoraConfig(rank=4, alpha=8), seed=1)
     add_adapter(model, adapter)
     torch.manual_seed(1)
@@ -290,8 +289,7 @@ def test_a_quantised_model_computes_with_what_its_blocks_say(family):
         own: decode(encode(weight, kind), kind, weight.shape) if own in inside else weight
         for own, weight in weights.items()
     }
-    plain = build_model(config)
-    plain.load_weights(rounded)
+    plain = build_loaded(config, rounded)
     assert torch.allclose(loss_of(model.eval()), loss_of(plain.eval()), rtol=1e-5)
     kept = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
     assert kept < 0.6 * sum(one.nbytes for one in weights.values())
@@ -367,8 +365,7 @@ def test_merged_and_unmerged_agree(seed, rank, alpha, rslora):
     for change in adapter.changes.values():
         change.b[:] = random.standard_normal(change.b.shape) * 0.1 / change.scale
     weights = model.weights()
-    merged = build_model(model.config)
-    merged.load_weights(MergedWeights(model.config, weights.__getitem__, adapter))
+    merged = build_loaded(model.config, MergedWeights(model.config, weights.__getitem__, adapter))
     add_adapter(model, adapter)
     ids = torch.arange(20)[None]
     with torch.no_grad():

@@ -22,7 +22,7 @@ from lexmill.finetune.extractive import span_examples, span_loss
 from lexmill.finetune.stage import finetune, make_lesson
 from lexmill.inference.judging import AnswerSettings, find_answers
 from lexmill.inference.language_model import load
-from lexmill.model.build import build_model
+from lexmill.model.build import build_loaded
 from lexmill.model.config import FAMILIES, FAMILY_DEFAULTS
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.heads import head_modules, with_labels, with_span, without_heads
@@ -56,8 +56,7 @@ def chinese():
 
 
 def network(directory):
-    model = build_model(directory.config)
-    model.load_weights(directory.weights_on_demand())
+    model = build_loaded(directory.config, directory.weights_on_demand())
     return model.eval()
 
 

@@ -30,7 +30,7 @@ from lexmill.finetune.prefer import (
 from lexmill.finetune.stage import finetune
 from lexmill.inference.language_model import load
 from lexmill.model.adapter import LoraConfig
-from lexmill.model.build import build_model
+from lexmill.model.build import build_loaded
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.lora import LoraLinear, add_adapter, begin_adapter, without_adapter
 from lexmill.progress import SILENT, Progress
@@ -65,8 +65,7 @@ def base(model_path):
 
 
 def network(base, lora: LoraConfig | None = None, noise: float = 0.0):
-    model = build_model(base.config)
-    model.load_weights(base.weights_on_demand())
+    model = build_loaded(base.config, base.weights_on_demand())
     if lora:
         add_adapter(model, begin_adapter(model, lora, seed=0))
     generator = torch.Generator().manual_seed(3)

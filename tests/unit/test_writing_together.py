@@ -8,7 +8,7 @@ from lexmill.errors import DataError, ModelError
 from lexmill.inference.language_model import LanguageModel
 from lexmill.inference.together import group_texts, write_ids
 from lexmill.model.adapter import LoraConfig
-from lexmill.model.build import build_model
+from lexmill.model.build import build_loaded, build_model
 from lexmill.model.config import ModelConfig
 from lexmill.model.lora import add_adapter, begin_adapter
 
@@ -83,8 +83,7 @@ def test_each_text_is_what_it_would_be_alone(models, family, beams, monkeypatch)
 
 def test_an_adapter_writes_together_too(models):
     base = models("t5")
-    network = build_model(base.config)
-    network.load_weights(base.network.weights())
+    network = build_loaded(base.config, base.network.weights())
     adapter = begin_adapter(network, LoraConfig(rank=4), seed=0)
     random = np.random.default_rng(0)
     for change in adapter.changes.values():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,11 @@ from lexmill.finetune.embed import match_examples
 from lexmill.finetune.extractive import span_examples
 from lexmill.finetune.prefer import pair_example
 from lexmill.finetune.rows import TRAIN, TaskData
+from lexmill.finetune.stage import adapted_model, kept_in_bfloat16
 from lexmill.finetune.writing import INSTRUCTIONS, asking_of, decoder_length, fit_rows
-from lexmill.model.adapter import LoraConfig
-from lexmill.model.build import build_model
 from lexmill.model.config import ModelConfig
-from lexmill.model.lora import add_adapter, begin_adapter, without_adapter
-from lexmill.model.quantised import build_quantised
-from lexmill.model.transformer import Transformer
+from lexmill.model.lora import without_adapter
+from lexmill.model.names import weight_shapes
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.train.batches import Batch
 from lexmill.train.causal import causal_loss, sequence_loss
@@ -88,21 +85,26 @@ def plan_finetuning(
         data=found,
         world=world,
         seconds=seconds,
-        adapter=adapter_cost(shape, lora) if lora else None,
-        build=partial(_any_weights, shape, lora) if lora else None,
+        adapter=adapter_cost(shape, lora, kept_in_bfloat16(config, lora, shape)) if lora else None,
+        build=(lambda: adapted_model(config, lora, shape, _AnyWeights(shape))[0]) if lora else None,
     )
 
 
-def _any_weights(shape: ModelConfig, lora: LoraConfig) -> Transformer:
-    """A model with an adapter as the run has it, of weights that mean nothing."""
-    model = build_model(shape)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, 0.02)
-    if lora.quantise:
-        model, _ = build_quantised(shape, model.weights(), lora.quantise)
-    add_adapter(model, begin_adapter(model, lora, seed=0))
-    return model
+class _AnyWeights(Mapping[str, np.ndarray]):
+    """Weights of a shape that mean nothing."""
+
+    def __init__(self, shape: ModelConfig) -> None:
+        self._shapes, self._random = weight_shapes(shape), np.random.default_rng(0)
+
+    def __getitem__(self, own: str) -> np.ndarray:
+        size = self._shapes[own]
+        return np.ones(size) if len(size) == 1 else 0.02 * self._random.standard_normal(size, np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
 
 def _preferring(model: Any, batch: Batch) -> Losses:

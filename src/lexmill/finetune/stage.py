@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from lexmill.data.labelled import Row
@@ -24,13 +25,13 @@ from lexmill.finetune.prefer import prefer_lesson
 from lexmill.finetune.rows import TaskData
 from lexmill.finetune.summarise import summarise_lesson
 from lexmill.finetune.translate import translate_lesson
-from lexmill.model.adapted import keep_in_bfloat16
-from lexmill.model.adapter import Adapter
+from lexmill.model.adapter import Adapter, LoraConfig
 from lexmill.model.adapter_files import AdapterDirectory, write_adapter
-from lexmill.model.build import build_model
+from lexmill.model.build import build_loaded
+from lexmill.model.config import ModelConfig
 from lexmill.model.directory import ModelDirectory, write_model_directory
 from lexmill.model.heads import head_modules
-from lexmill.model.lora import add_adapter, begin_adapter, read_adapter
+from lexmill.model.lora import add_adapter, begin_adapter, frozen_matrices, read_adapter
 from lexmill.model.quantised import build_quantised
 from lexmill.model.transformer import Transformer
 from lexmill.progress import SILENT, Progress
@@ -205,11 +206,8 @@ def _in_one_piece(
     """The model, or where it is spread over processes a copy of all of it; all of them call this."""
     if not (processes.group and config.sharding == "shard"):
         return model
-    copy = build_model(base.config)
-    if adapter is None:
-        copy.load_weights(model.weights())
-    else:
-        copy.load_weights(base.weights_on_demand())
+    copy = build_loaded(base.config, base.weights_on_demand() if adapter else model.weights())
+    if adapter is not None:
         add_adapter(copy, read_adapter(model, adapter))
     return copy.eval().to(processes.device)
 
@@ -218,31 +216,46 @@ def learning_model(
     config: FinetuneConfig, base: ModelDirectory, progress: Progress = SILENT
 ) -> tuple[Transformer, Adapter | None]:
     """The model as it learns: all of it, or frozen with an adapter in it."""
-    lora = config.lora
-    if lora is not None and base.config.shape == "encoder":  # as PEFT does: a task's head is trained in full
+    lora, weights = config.lora, base.weights_on_demand()
+    if lora is None:
+        return build_loaded(base.config, weights), None
+    if base.config.shape == "encoder":  # as PEFT does: a task's head is trained in full
         saved = dict.fromkeys((*lora.modules_to_save, *head_modules(base)))
         lora = replace(lora, modules_to_save=tuple(saved))
-    if lora is not None and lora.quantise:
-        model, whole = build_quantised(base.config, base.weights_on_demand(), lora.quantise)
+    return adapted_model(config, lora, base.config, weights, progress)
+
+
+def adapted_model(
+    config: FinetuneConfig,
+    lora: LoraConfig,
+    shape: ModelConfig,
+    weights: Mapping[str, np.ndarray],
+    progress: Progress = SILENT,
+) -> tuple[Transformer, Adapter]:
+    """A frozen model with an adapter that changes nothing yet."""
+    if lora.quantise:
+        model, whole = build_quantised(shape, weights, lora.quantise)
         if whole:
             progress.say(f"  {len(whole)} layers stay float32: their rows do not divide into blocks")
     else:
-        model = build_model(base.config)
-        model.load_weights(base.weights_on_demand())
-    if lora is None:
-        return model, None
+        model = build_loaded(shape, weights, in_bfloat16=kept_in_bfloat16(config, lora, shape))
     adapter = begin_adapter(model, lora, config.seed)
     add_adapter(model, adapter)
-    place = find_device(config.device).type
-    shared = process_count() > 1 and config.sharding == "shard"  # FSDP wants one format for all of a block
-    if place == "cpu" and not shared and choose_precision(config.precision, place) == "bfloat16":
-        keep_in_bfloat16(model)
     kept = f", the base in {lora.quantise}" if lora.quantise else ""
     progress.say(
-        f"  an adapter of {adapter.parameters:,} weights for {base.config.parameters:,} "
+        f"  an adapter of {adapter.parameters:,} weights for {shape.parameters:,} "
         f"({len(adapter.changes)} layers, rank {lora.rank}{kept})"
     )
     return model, adapter
+
+
+def kept_in_bfloat16(config: FinetuneConfig, lora: LoraConfig, shape: ModelConfig) -> frozenset[str]:
+    """Our names of the weights that lie in memory as products on a CPU read them: no conversion a step."""
+    place = find_device(config.device).type
+    spread = process_count() > 1 and config.sharding == "shard"  # FSDP wants one format for all of a block
+    if lora.quantise or place != "cpu" or spread or choose_precision(config.precision, place) != "bfloat16":
+        return frozenset()
+    return frozen_matrices(lora, shape)
 
 
 def _finished(

@@ -442,10 +442,9 @@ def _load_gguf(path: Path, backend: str, draft: ModelDirectory | GGUFModel | Non
     model = GGUFModel(GGUFFile.open(path))  # stays open: weights are read from it when they are asked for
 
     def network() -> Any:
-        from lexmill.model.build import build_model
+        from lexmill.model.build import build_loaded
 
-        network = build_model(model.config)
-        network.load_weights(model.weights)
+        network = build_loaded(model.config, model.weights)
         return network.eval()
 
     engine = engine_for(model, backend, "", draft)

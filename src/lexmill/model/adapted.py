@@ -77,17 +77,6 @@ def adapted(x: Tensor, *outputs: Sequence[nn.Module]) -> tuple[Tensor, ...] | No
     return _Adapted.apply(x, counts, scales, weights, biases, *halves)
 
 
-def keep_in_bfloat16(model: nn.Module) -> None:
-    """Keep the weights below an adapter in the format that products read: half the memory, no conversion a step."""
-    for layer in model.modules():
-        if (
-            isinstance(layer, LoraLinear)
-            and type(layer.base) is Linear
-            and not layer.base.weight.requires_grad
-        ):
-            layer.base.weight = nn.Parameter(layer.base.weight.bfloat16(), requires_grad=False)
-
-
 def _is_plain(layer: nn.Module) -> bool:
     """A frozen linear layer with an adapter that is on and drops nothing, whole in this process."""
     return (

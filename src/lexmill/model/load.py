@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lexmill.model.adapter import Adapter
-from lexmill.model.build import build_model
+from lexmill.model.build import build_loaded
 from lexmill.model.directory import ModelDirectory
 from lexmill.model.lora import add_adapter
 from lexmill.model.quantised import build_quantised
@@ -21,8 +21,7 @@ def load_model(directory: ModelDirectory, adapter: Adapter | None = None, quanti
     if quantise:
         model, _ = build_quantised(directory.config, directory.weights_on_demand(), quantise)
     else:
-        model = build_model(directory.config)
-        model.load_weights(directory.weights_on_demand())
+        model = build_loaded(directory.config, directory.weights_on_demand())
     if adapter is not None:
         add_adapter(model, adapter)
     return model.eval()

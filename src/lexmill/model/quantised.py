@@ -17,7 +17,7 @@ from lexmill.config import suggest
 from lexmill.errors import ConfigError
 from lexmill.formats.blocks import BLOCK_TYPES, BlockType, encode
 from lexmill.model.adapter import QUANTISED_TYPES
-from lexmill.model.build import build_model
+from lexmill.model.build import build_model, set_weight
 from lexmill.model.config import ModelConfig
 from lexmill.model.names import matrices_in_blocks, weight_names
 from lexmill.model.transformer import Transformer
@@ -130,7 +130,7 @@ def build_quantised(
     inside = matrices_in_blocks(config)
     whole = []
     for name in weight_names(config):
-        place, _, attribute = name.own.rpartition(".")
+        place = name.own.rpartition(".")[0]
         if name.own in inside:
             weight = np.asarray(weights[name.own], np.float32)
             if kind.fits(weight.shape):
@@ -139,11 +139,8 @@ def build_quantised(
                 replace_module(model, place, QuantisedLinear(weight, values, kind))
                 continue
             whole.append(place)
-        module = model.get_submodule(place)
-        if isinstance(module, QuantisedLinear):
-            continue  # its bias is there
-        filled = torch.from_numpy(np.array(weights[name.own], np.float32))
-        setattr(module, attribute, nn.Parameter(filled))
+        if not isinstance(model.get_submodule(place), QuantisedLinear):  # else its bias is there
+            set_weight(model, name.own, weights[name.own])
     return model, whole
 
 

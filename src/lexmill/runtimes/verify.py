@@ -151,10 +151,9 @@ class _Own:
     def with_weights(self, weights: Mapping[str, np.ndarray]) -> LanguageModel:
         """The same model with other weights."""
         from lexmill.inference.language_model import LanguageModel
-        from lexmill.model.build import build_model
+        from lexmill.model.build import build_loaded
 
-        network = build_model(self.directory.config)
-        network.load_weights(weights)
+        network = build_loaded(self.directory.config, weights)
         return LanguageModel(network.eval(), self.directory.tokenizer, self.directory.path)
 
     def asked(self, name: str, runtime: Any) -> Iterator[Check]:

@@ -15,7 +15,7 @@ import numpy as np
 from lexmill.errors import DataError
 from lexmill.inference.language_model import LanguageModel
 from lexmill.inference.sampling import log_softmax
-from lexmill.model.decoder import Decoder
+from lexmill.model.build import build_loaded
 from lexmill.model.directory import ModelDirectory
 from lexmill.runtimes.verify_cases import CONVERSATIONS, TEXTS
 from lexmill.runtimes.verify_rounding import Rounded
@@ -85,8 +85,7 @@ class Reference:
                 the runtime rounds what that weight is multiplied with.
             offsets: of the weights' blocks, where their type has them: (rows, blocks).
         """
-        decoder = Decoder(self.directory.config)
-        decoder.load_weights(weights)
+        decoder = build_loaded(self.directory.config, weights)
         other = copy.copy(self)
         other.model = LanguageModel(decoder.eval(), self.tokenizer)
         other.greedy = other._continued()

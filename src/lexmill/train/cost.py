@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from lexmill.formats.blocks import BLOCK_TYPES
@@ -85,8 +86,11 @@ class AdapterCost:
     base_bytes: int
 
 
-def adapter_cost(config: ModelConfig, lora: LoraConfig) -> AdapterCost:
+def adapter_cost(config: ModelConfig, lora: LoraConfig, in_bfloat16: Collection[str] = ()) -> AdapterCost:
     """The adapter that a run with these settings trains.
+
+    Args:
+        in_bfloat16: our names of the base's weights that lie in memory so.
 
     Raises:
         ConfigError: it names a module that the model does not have.
@@ -98,11 +102,13 @@ def adapter_cost(config: ModelConfig, lora: LoraConfig) -> AdapterCost:
     whole = sum(math.prod(shapes[own]) for own in lora.saved(config))
     kind = BLOCK_TYPES[lora.quantise.upper()] if lora.quantise else None
     inside = matrices_in_blocks(config)
-    base = sum(
-        kind.byte_size(shape) if kind and own in inside and kind.fits(shape) else _FLOAT * math.prod(shape)
-        for own, shape in shapes.items()
-    )
-    return AdapterCost(pairs + whole, base)
+
+    def size(own: str, shape: tuple[int, ...]) -> int:
+        if kind and own in inside and kind.fits(shape):
+            return kind.byte_size(shape)
+        return (_FLOAT // 2 if own in in_bfloat16 else _FLOAT) * math.prod(shape)
+
+    return AdapterCost(pairs + whole, sum(size(own, shape) for own, shape in shapes.items()))
 
 
 @dataclass(frozen=True)
@@ -337,8 +343,10 @@ def activation_bytes(
     head = places * config.width * 3 * size + block * config.vocab_size * (2 * _FLOAT + size)
     # the head's gradient, found with the loss and kept until the way back scales it
     weight = 0 if frozen else 2 * _FLOAT * config.vocab_size * config.width
-    matrices = count_parameters(config).matrices
-    copies = matrices * 2 if size == 2 else _FLOAT * _joined(config)
+    parameters = count_parameters(config)
+    copies = _FLOAT * _joined(config)
+    if size == 2:  # frozen matrices lie in 16 bits, but for the head
+        copies = 2 * (parameters.head if frozen else parameters.matrices)
     stream = 2 * (read + written) * config.width * _FLOAT
     return math.ceil(kept + largest + head + weight + copies + stream)
 
