@@ -1,14 +1,15 @@
 """What an adapter costs to train: tokens a second and peak memory of LoRA here and with peft on transformers.
 
     python bench/finetune.py MODEL                  # a directory of Hugging Face whose weights are float32
-    python bench/finetune.py MODEL --only lexmill --bases q8_0 q4_1 --pairs 3
+    python bench/finetune.py MODEL --ours           # what lexmill's own ways cost: CASES
     OMP_NUM_THREADS=1 python bench/finetune.py MODEL --cpu-time     # on a machine with other work
     python bench/finetune.py MODEL --profile        # where the time of lexmill's steps goes
 
 Conversations of which about half is replies, 4 rows of 256 tokens a step, rank 8 on all linear layers, AdamW. Each
 side is a process of its own, because a process's peak memory never falls; steps of all sides are interleaved, and the
-median of the paired ratios against each of peft's precisions is quoted. All sides see the same full rows. peft's rows are
-not told apart into documents, which spares it a mask; its bfloat16 keeps the whole model in bfloat16.
+median of the paired ratios against each of peft's precisions is quoted ("adapter" is lexmill's side). All sides see the
+same full rows. peft's rows are not told apart into documents, which spares it a mask; its bfloat16 keeps the whole
+model in bfloat16.
 """
 
 from __future__ import annotations
@@ -27,6 +28,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, LENGTH, RANK = 4, 256, 8
 _WARM = 2  # steps of a side before it is timed
+_ADAPTER = [f"lora.rank={RANK}", f"lora.alpha={2 * RANK}", "weight_decay=0.0"]
+# name -> settings of `[finetune]`
+CASES = {
+    "adapter": _ADAPTER,
+    "adapter on q8_0": [*_ADAPTER, "lora.quantise=q8_0"],
+    "adapter on q4_1": [*_ADAPTER, "lora.quantise=q4_1"],
+    "adapter on q4_1, recomputing": [*_ADAPTER, "lora.quantise=q4_1", "gradient_checkpointing=true"],
+    "all weights, AdamW": ["optimizer=adamw", "learning_rate=0.00001"],
+    "all weights, Muon": ["optimizer=muon", "learning_rate=0.00001", "matrix_learning_rate=0.0001"],
+}
 
 
 def conversations() -> list[list[dict[str, str]]]:
@@ -65,27 +76,26 @@ def batches(folder: Path) -> Iterator[Any]:
             yield batch
 
 
-def our_side(folder: Path, base: str) -> Callable[[Any], float]:
-    """A step of lexmill, whose base lies in memory as `base` says ("" leaves it to the precision)."""
+def our_side(folder: Path, case: str) -> Callable[[Any], float]:
+    """A step of lexmill as `CASES` says."""
     from torch import nn
 
+    from lexmill.config import apply_overrides, from_mapping
     from lexmill.finetune.config import FinetuneConfig
     from lexmill.finetune.stage import learning_model
-    from lexmill.model.adapter import LoraConfig
     from lexmill.model.directory import ModelDirectory
     from lexmill.train.causal import causal_loss
     from lexmill.train.optimizers import OptimizerSet
+    from lexmill.train.parallel import recompute_blocks
     from lexmill.train.precision import autocast, choose_precision
 
-    lora = LoraConfig(rank=RANK, quantise=base)
-    config = FinetuneConfig(steps=1, lora=lora, optimizer="adamw")
+    config = from_mapping(FinetuneConfig, apply_overrides({"steps": 1}, CASES[case]), "bench")
     precision = choose_precision()
     model, _ = learning_model(config, ModelDirectory.open(folder))
     model.train()
     learned = [one for one in model.parameters() if one.requires_grad]
-    optimizers = OptimizerSet(
-        model, kind="adamw", learning_rate=1e-3, matrix_learning_rate=0.0, weight_decay=0.0
-    )
+    recompute_blocks(model, config.gradient_checkpointing)
+    optimizers = OptimizerSet.of_run(model, config, precision)
 
     def step(batch: Any) -> float:
         with autocast(precision):
@@ -128,8 +138,7 @@ def peer_side(folder: Path, precision: str) -> Callable[[Any], float]:
 
 
 def make_side(name: str, folder: Path) -> Callable[[Any], float]:
-    kind, _, variant = name.partition(" ")
-    return our_side(folder, variant) if kind == "lexmill" else peer_side(folder, variant)
+    return our_side(folder, name) if name in CASES else peer_side(folder, name.removeprefix("peft "))
 
 
 def child(name: str, folder: Path, cpu_time: bool) -> None:
@@ -137,7 +146,7 @@ def child(name: str, folder: Path, cpu_time: bool) -> None:
     clock = time.process_time if cpu_time else time.perf_counter
     from lexmill.cli.options import begin_computing
 
-    if name.startswith("lexmill"):
+    if name in CASES:
         begin_computing()
     from lexmill.devices import peak_memory
 
@@ -197,7 +206,7 @@ def profile(folder: Path) -> None:
     begin_computing()
     import torch
 
-    source, step = batches(folder), make_side("lexmill", folder)
+    source, step = batches(folder), make_side("adapter", folder)
     for _ in range(_WARM):
         step(next(source))
     with torch.profiler.profile() as found:
@@ -212,8 +221,7 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("--pairs", type=int, default=7, help="steps of each side")
-    parser.add_argument("--only", nargs="*", default=[""], help="sides whose names hold one of these")
-    parser.add_argument("--bases", nargs="*", default=[], help="more sides: lora.quantise")
+    parser.add_argument("--ours", action="store_true", help="all ways of lexmill, and no peer")
     parser.add_argument("--cpu-time", action="store_true", help="for one thread on a busy machine")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
@@ -224,11 +232,9 @@ def main() -> None:
     if asked.profile:
         profile(asked.model)
         return
-    names = ["lexmill", *(f"lexmill {base}" for base in asked.bases), "peft bfloat16", "peft float32"]
+    names = [*CASES] if asked.ours else ["adapter", "peft bfloat16", "peft float32"]
     # one after another: a peer that loads would disturb the steps that warm another one up
-    sides = [
-        Side(name, asked.model, asked.cpu_time) for name in names if any(word in name for word in asked.only)
-    ]
+    sides = [Side(name, asked.model, asked.cpu_time) for name in names]
     for pair in range(1, asked.pairs + 1):
         for side in sides:
             side.step()
@@ -239,14 +245,14 @@ def main() -> None:
     for side in sides:
         median = statistics.median(side.seconds)
         print(
-            f"{side.name:<16} {ROWS * LENGTH / median:>7,.0f} tokens/s {1000 * median:>8,.0f} ms a step "
+            f"{side.name:<28} {ROWS * LENGTH / median:>7,.0f} tokens/s {1000 * median:>8,.0f} ms a step "
             f"{side.steps[-1]['peak'] / 1e6:>8,.0f} MB at most, loss {side.steps[-1]['loss']:.3f}"
         )
     for peer in (side for side in sides if side.name.startswith("peft")):
         ratio = statistics.median(theirs / mine for theirs, mine in zip(peer.seconds, sides[0].seconds))
         memory = sides[0].steps[-1]["peak"] / peer.steps[-1]["peak"]
         print(
-            f"lexmill: {ratio:.2f} times {peer.name} (median of {asked.pairs} paired ratios), "
+            f"adapter: {ratio:.2f} times {peer.name} (median of {asked.pairs} paired ratios), "
             f"{memory:.2f} of its memory"
         )
     for side in sides:

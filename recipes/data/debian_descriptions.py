@@ -1,4 +1,6 @@
-"""Descriptions of Debian's packages and their synopses, for recipes/summarise.toml.
+"""Descriptions of Debian's packages and their synopses, for recipes/summarise.toml and summarise-t5.toml.
+
+In OUT/first are the same descriptions with their first sentence in place of the synopsis, for first-sentence.toml.
 
 python recipes/data/debian_descriptions.py OUT [--lists FOLDER]
 
@@ -17,12 +19,13 @@ import argparse
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from splitting import write_splits
 
 SHORTEST = 120  # characters of a description
+LONGEST_SENTENCE = 160
 HELPER = "/usr/lib/apt/apt-helper"  # it unpacks whatever apt packs lists with
 
 
@@ -43,6 +46,14 @@ def descriptions(lists: Path) -> Iterator[tuple[str, str]]:
                 yield found[1].strip(), body
 
 
+def first_sentences(bodies: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """A description's first sentence and the description, where there are more sentences."""
+    for body in bodies:
+        sentence = re.split(r"(?<=[.!?])\s+", body, maxsplit=1)[0]
+        if sentence != body and len(sentence) <= LONGEST_SENTENCE:
+            yield sentence, body
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -50,15 +61,15 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--lists", type=Path, default=Path("/var/lib/apt/lists"))
     arguments = parser.parse_args()
-    # packages of one source begin alike: they must not be parted
-    rows = [
-        (body[:60], {"source": body, "target": synopsis}) for synopsis, body in descriptions(arguments.lists)
-    ]
-    if not rows:
+    found = list(descriptions(arguments.lists))
+    if not found:
         sys.exit(
             f"{arguments.lists}: no descriptions (*_Translation-en*). The head of this script says how to get them."
         )
-    write_splits(arguments.out, rows)
+    first = first_sentences(body for _, body in found)
+    for out, pairs in ((arguments.out, found), (arguments.out / "first", first)):
+        # packages of one source begin alike: they must not be parted
+        write_splits(out, [(body[:60], {"source": body, "target": text}) for text, body in pairs])
 
 
 if __name__ == "__main__":

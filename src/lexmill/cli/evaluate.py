@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -100,9 +100,16 @@ def evaluate(
     details = found["model"].details
     for key, value in details.items():
         if key not in ("labels", "confusion"):
-            typer.echo(f"  {key.replace('_', ' ')}: {value}")
+            typer.echo(f"  {key.replace('_', ' ')}: {_in_words(value)}")
     if "confusion" in details:
         _show_confusion(details["labels"], details["confusion"])
+
+
+def _in_words(value: Any) -> str:
+    """A detail on one line: figures with their names."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {figure}" for name, figure in value.items())
+    return " ".join(str(value).split())
 
 
 def _show_confusion(labels: list[str], matrix: list[list[int]]) -> None:

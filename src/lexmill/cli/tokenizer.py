@@ -66,14 +66,7 @@ def train(
         "tokenizer",
     )
     progress = make_progress(quiet or json)
-    with progress.task("training the tokenizer", None, "documents") as task:
-
-        def counted():
-            for text in document_texts(documents / "train.parquet"):
-                task.advance()
-                yield text
-
-        tokenizer = train_tokenizer(counted(), config)
+    tokenizer = train_tokenizer(document_texts(documents / "train.parquet"), config, progress)
     tokenizer.save(out)
     held_out = bytes_per_token(tokenizer, document_texts(documents / "validation.parquet"))
     if json:

@@ -111,8 +111,7 @@ def _tokenizer(place: Place) -> dict[str, Any]:
 
     documents = place.run / "prepare" if "prepare" in place.recipe.steps else None
     texts = document_texts(documents / "train.parquet") if documents else row_texts(place.recipe)
-    with place.progress.task("training the tokenizer", None, "documents"):
-        tokenizer = train_tokenizer(texts, place.recipe.table("tokenizer"))
+    tokenizer = train_tokenizer(texts, place.recipe.table("tokenizer"), place.progress)
     tokenizer.save(place.work / "tokenizer")
     figures: dict[str, Any] = {"vocabulary": tokenizer.vocab_size}
     if documents:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import IO, Literal
 
 from lexmill.errors import ConfigError, DataError
+from lexmill.progress import SILENT, Progress, Task
 from lexmill.tokenizer import special
 from lexmill.tokenizer.fast import refuse_surrogates
 from lexmill.tokenizer.gguf_pre_tokenizers import QWEN2_PATTERN
@@ -68,13 +69,19 @@ class TokenizerConfig:
         return _SMALLEST.get(self.kind, 0) + (self.sentinels if self.kind == "unigram" else 0)
 
 
-def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], config: TokenizerConfig, progress: Progress = SILENT
+) -> Tokenizer:
     """Train a tokenizer on `texts`.
 
     Raises:
         DataError: no text, a lone surrogate in it, or too little for a vocabulary of the size asked for.
     """
-    counted = _Counted(texts)
+    with progress.task("training the tokenizer", None, "texts") as task:
+        return _train(_Counted(texts, task), config)
+
+
+def _train(counted: _Counted, config: TokenizerConfig) -> Tokenizer:
     if config.kind == "bpe":
         tokenizer = _train_bpe(counted, config)
     elif config.kind == "characters":
@@ -105,8 +112,8 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 class _Counted:
     """Texts that are counted as they pass."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._texts = texts
+    def __init__(self, texts: Iterable[str], task: Task) -> None:
+        self._texts, self._task = texts, task
         self.characters = self.visible = 0
 
     def __iter__(self) -> Iterator[str]:
@@ -114,6 +121,7 @@ class _Counted:
             refuse_surrogates([text])
             self.characters += len(text)
             self.visible += bool(text.strip())
+            self._task.advance()
             yield text
 
 
