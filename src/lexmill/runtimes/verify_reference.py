@@ -67,7 +67,8 @@ class Reference:
         self.greedy = self._continued()
         self._texts = [(len(ids), ids + answer) for ids, _, answer in self.greedy]
         self.positions = [ids[:end] for begin, ids in self._texts for end in _ends(begin, ids)]
-        self.logprobs = self._answers().logprobs
+        self._unrounded = self._answers()
+        self.logprobs = self._unrounded.logprobs
         shaken = self._answers(Rounded(model.network, {}, {}).shaken()).logprobs
         self.spread = float(np.abs(self.logprobs - shaken).max())
 
@@ -89,25 +90,26 @@ class Reference:
         other = copy.copy(self)
         other.model = LanguageModel(decoder.eval(), self.tokenizer)
         other.greedy = other._continued()
-        plain = other._answers()
-        other.logprobs = plain.logprobs
+        other._unrounded = other._answers()
+        other.logprobs = other._unrounded.logprobs
         other._rounded = Rounded(decoder, types, offsets)
         other.rounding = " and ".join(other._rounded.names)
         if other.rounding:
-            rounded = other._answers(other._rounded, plain.best)
-            again = other._answers(other._rounded.shaken(), plain.best)
+            other.noise, rounded = other._noise_of(other._rounded)
             other.rounded_logprobs = rounded.logprobs
-            other.noise = Noise.between(plain, rounded, again)
             other._in_bf16 = Rounded(decoder, types, offsets, in_bf16=True)
         return other
 
     def noise_in_bf16(self) -> Noise:
         """What it costs to multiply in bfloat16, in attention too, with weights that are not float32."""
         assert self._in_bf16 is not None
-        plain = self._answers()
-        rounded = self._answers(self._in_bf16, plain.best)
-        again = self._answers(self._in_bf16.shaken(), plain.best)
-        return Noise.between(plain, rounded, again)
+        return self._noise_of(self._in_bf16)[0]
+
+    def _noise_of(self, rounded: Rounded) -> tuple[Noise, Answers]:
+        """What a rounding costs, and the answers with it."""
+        plain = self._unrounded
+        found = self._answers(rounded, plain.best)
+        return Noise.between(plain, found, self._answers(rounded.shaken(), plain.best)), found
 
     def row(self, ids: Sequence[int]) -> np.ndarray:
         """Log-probabilities of what follows `ids`: (vocabulary,)."""
