@@ -135,11 +135,12 @@ class Engine {
         long columns = kBlock;
         for (const Matrix& m : matrices_) columns = std::max(columns, padded(m.columns));
         shared_space_.reset(new Space(inputs_size(columns, most_tokens_ + 32)));
-        const long keys = (plan.most_keys + kPage) / kPage * kPage + kLanes, wide = padded(shape_.head_width);
+        const long keys = (plan.most_keys + kPage) / kPage * kPage + kLanes, wide = shape_.padded_width();
         for (int i = 0; i < pool_.threads(); ++i) {
             Own own;
             own.row.reset(new Space(sizeof(float) * size_t(columns)));
-            const size_t attention = sizeof(float) * size_t(16 * keys) + 2 * size_t(16 * keys) + 64 * size_t(wide) * 2;
+            // scores and shares of 16 queries; the queries in two parts, and what they find
+            const size_t attention = size_t(16 * keys) * (4 + 2) + size_t(16 * wide) * (2 * 2 + 4);
             own.scratch.reset(new Space(std::max(size_t(columns) * 64 + 4096, attention)));
             own.sums.reset(new Space(sizeof(float) * size_t(2 * kStrip * (most_tokens_ + 32))));
             own.inputs.reset(new Space(inputs_size(columns, 32)));
@@ -230,7 +231,7 @@ class Engine {
             t = end;
         }
         if (!tiled()) return;
-        const size_t bytes = size_t(pages * shape_.kv_heads * 2 * padded(shape_.head_width) * kPage) * 2;
+        const size_t bytes = size_t(pages * shape_.kv_heads * shape_.page_tiles()) * sizeof(uint16_t);
         if (!tiles_ || tiles_size_ < bytes) tiles_.reset(new Space(bytes)), tiles_size_ = bytes;
     }
 
@@ -370,7 +371,7 @@ class Engine {
         if (a.bias) a.reach = (sizes_[size_t(o.bias)] / shape_.heads - 1) / 2;
         float* scratch = threads_[size_t(number)].scratch->as<float>();
         const long heads = shape_.kv_heads;
-        const long page = 2 * padded(shape_.head_width) * kPage;  // numbers in the tiles of a page
+        const long page = shape_.page_tiles();
         uint16_t* tiles = tiled() ? tiles_->as<uint16_t>() : nullptr;
         if (tiles) {
             const int32_t* tables = o.memory ? batch_->memory_tables : batch_->tables;
@@ -400,7 +401,7 @@ class Engine {
     }
 
     // Whether attention is computed by products of matrices.
-    bool tiled() const { return kernels_.page_to_tiles && batch_->prompt && !shape_.exact_scores; }
+    bool tiled() const { return kernels_.page_to_tiles && batch_->prompt && shape_.parts; }
 
     template <class Count>
     long count_of(Count count) const {

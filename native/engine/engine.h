@@ -66,8 +66,11 @@ struct Batch {
 
 struct Shape {
     int64_t heads, kv_heads, head_width;
-    int64_t exact_pages;   // keys and values in float32, else float16
-    int64_t exact_scores;  // no bfloat16 in the attention of prompts
+    int64_t exact_pages;  // keys and values in float32, else float16
+    int64_t parts;        // attention of prompts: a query and a key as the sum of so many bfloat16; 0: as they are
+
+    long padded_width() const { return (head_width + kBlock - 1) / kBlock * kBlock; }
+    long page_tiles() const { return (parts + 1) * padded_width() * kPage; }  // numbers in a page of `page_to_tiles`
 };
 
 // What products read: the same rows in the forms that a matrix's type asks for.

@@ -177,10 +177,15 @@ void tiles_strip(const Matrix& m, long strip, const Inputs& in, long first, long
     SETTLE;
 }
 
-// Keys and values of a page as tiles: keys for each half page and 32 coordinates, 16 pairs of coordinates × 16 keys × 2;
-// then values for each 16 coordinates, 16 pairs of keys × 16 coordinates × 2. Coordinates are padded to whole tiles.
+// What bfloat16 can say of numbers by leaving their last bits away; `x - upper(x)` is what is left.
+INLINE Floats upper(Floats x) {
+    return (Floats)_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512((__m512)x), _mm512_set1_epi32(int(0xffff0000))));
+}
+
+// Keys and values of a page as tiles: keys for each part, half page and 32 coordinates, 16 pairs of coordinates × 16 keys
+// × 2; then values for each 16 coordinates, 16 pairs of keys × 16 coordinates × 2. Coordinates are padded to whole tiles.
 void page_to_tiles(const Attention& a, long page, long kv_head, uint16_t* out) {
-    const long width = a.shape->head_width, padded = (width + 31) / 32 * 32;
+    const long width = a.shape->head_width, padded = a.shape->padded_width();
     const long start = (page * a.shape->kv_heads + kv_head) * width * kPage;
     const uint16_t *keys = static_cast<const uint16_t*>(a.pages.keys) + start,
                    *values = static_cast<const uint16_t*>(a.pages.values) + start;
@@ -188,8 +193,13 @@ void page_to_tiles(const Attention& a, long page, long kv_head, uint16_t* out) {
         for (long d = 0; d < padded; d += 2, out += 32) {
             Floats even = d < width ? load_halves(keys + d * kPage + half * kLanes) : all(0.0f);
             Floats odd = d + 1 < width ? load_halves(keys + (d + 1) * kPage + half * kLanes) : all(0.0f);
+            if (a.shape->parts == 2) {
+                _mm512_storeu_si512(out + padded * kPage, two_columns(even - upper(even), odd - upper(odd)));
+                even = upper(even), odd = upper(odd);
+            }
             _mm512_storeu_si512(out, two_columns(even, odd));
         }
+    out += (a.shape->parts - 1) * padded * kPage;
     for (long d = 0; d < padded; d += kLanes)
         for (long key = 0; key < kPage; key += 2, out += 32) {
             Floats two[2];
@@ -206,6 +216,8 @@ void page_to_tiles(const Attention& a, long page, long kv_head, uint16_t* out) {
             _mm512_storeu_si512(out, two_columns(two[0], two[1]));
         }
 }
+
+INLINE __m512i side_by_side(Floats low, Floats high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 
 INLINE __mmask16 lanes(long count) { return __mmask16(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1); }
 
@@ -228,17 +240,57 @@ INLINE float shares_to_tiles(float* x, const Reach& reach, long padded, float sc
         Floats one = exponential(load(x + key) * all(step) - top);
         Floats two = exponential(load(x + key + kLanes) * all(step) - top);
         sums = sums + one + two;
-        _mm512_storeu_si512(out + key * 16, (__m512i)_mm512_cvtne2ps_pbh((__m512)two, (__m512)one));
+        _mm512_storeu_si512(out + key * 16, side_by_side(one, two));
     }
     return total(sums);
+}
+
+// A query as a row of tiles of bfloat16, or of two parts of it one behind the other: a tile for each 32 coordinates.
+INLINE void query_to_tiles(const float* x, long width, long padded, long parts, uint16_t* out) {
+    for (long d = 0; d < width; d += 32) {
+        Floats low = (Floats)_mm512_maskz_loadu_ps(lanes(width - d), x + d);
+        Floats high = (Floats)_mm512_maskz_loadu_ps(lanes(width - d - 16), x + d + 16);
+        if (parts == 2) {
+            _mm512_storeu_si512(out + 16 * padded + d * 16, side_by_side(low - upper(low), high - upper(high)));
+            low = upper(low), high = upper(high);
+        }
+        _mm512_storeu_si512(out + d * 16, side_by_side(low, high));
+    }
+}
+
+// Products of sixteen queries with the keys of a page, (16, 32) of (16, stride). In two parts (a + b)(c + d) is ac + bc + ad:
+// bd lies below the last bit.
+template <int kParts>
+INLINE void scores_of_page(const uint16_t* queries, const uint16_t* keys, long padded, float* out, long stride) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (long d = 0; d < padded / 32; ++d) {
+        const uint16_t *at = keys + d * 512, *second = at + padded * 16;
+        _tile_loadd(4, queries + d * 512, 64);
+        _tile_loadd(6, at, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, second, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (kParts == 2) {
+            _tile_loadd(5, queries + padded * 16 + d * 512, 64);
+            _tile_dpbf16ps(0, 5, 6);
+            _tile_dpbf16ps(1, 5, 7);
+            _tile_loadd(6, at + padded * kPage, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, second + padded * kPage, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+    }
+    _tile_stored(0, out, 4 * stride);
+    _tile_stored(1, out + kLanes, 4 * stride);
 }
 
 // See `attend`. `tiles`: the pages of the sequence in order, from `page_to_tiles`.
 void attend_tiles(const Attention& a, long first, long rows, long kv_head, long begin, const uint16_t* tiles,
                   float* scratch) {
     const Shape& shape = *a.shape;
-    const long width = shape.head_width, padded = (width + 31) / 32 * 32, group = shape.heads / shape.kv_heads;
-    const long page_size = 2 * padded * kPage;
+    const long width = shape.head_width, padded = shape.padded_width(), group = shape.heads / shape.kv_heads;
+    const long parts = shape.parts, page_size = shape.page_tiles();
     Reach reach[16];
     long last = 0;
     for (long r = 0; r < rows; ++r) {
@@ -248,33 +300,18 @@ void attend_tiles(const Attention& a, long first, long rows, long kv_head, long 
     const long pages = (last + kPage - 1) / kPage, keys = pages * kPage, stride = keys + kLanes;
     float* scores = scratch;                                                       // (16, stride)
     uint16_t* shares = reinterpret_cast<uint16_t*>(scores + 16 * stride);          // (pages, 16, 32)
-    uint16_t* queries = shares + pages * 16 * kPage;                               // (padded / 32, 16, 32)
-    float* found = reinterpret_cast<float*>(queries + 16 * padded);                // (16, padded)
-    std::memset(queries, 0, sizeof(uint16_t) * 16 * size_t(padded));
+    uint16_t* queries = shares + pages * 16 * kPage;                               // (parts, padded / 32, 16, 32)
+    float* found = reinterpret_cast<float*>(queries + parts * 16 * padded);        // (16, padded)
+    std::memset(queries, 0, sizeof(uint16_t) * size_t(parts * 16 * padded));
     for (long r = 0; r < rows; ++r) {
-        const float* from = a.queries + (first + (begin + r) / group) * a.queries_width +
-                            (kv_head * group + (begin + r) % group) * width;
-        for (long d = 0; d < width; d += 32) {
-            const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(lanes(width - d - 16), from + d + 16),
-                                                      _mm512_maskz_loadu_ps(lanes(width - d), from + d));
-            _mm512_storeu_si512(queries + (d / 32 * 16 + r) * 32, (__m512i)both);
-        }
+        const long head = kv_head * group + (begin + r) % group;
+        query_to_tiles(a.queries + (first + (begin + r) / group) * a.queries_width + head * width, width, padded, parts,
+                       queries + r * 32);
     }
     SETTLE;
-    for (long p = 0; p < pages; ++p) {
-        const uint16_t* half = tiles + p * page_size;
-        _tile_zero(0);
-        _tile_zero(1);
-        for (long d = 0; d < padded / 32; ++d) {
-            _tile_loadd(4, queries + d * 512, 64);
-            _tile_loadd(6, half + d * 512, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, half + padded * 16 + d * 512, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        _tile_stored(0, scores + p * kPage, 4 * stride);
-        _tile_stored(1, scores + p * kPage + kLanes, 4 * stride);
-    }
+    for (long p = 0; p < pages; ++p)
+        parts == 2 ? scores_of_page<2>(queries, tiles + p * page_size, padded, scores + p * kPage, stride)
+                   : scores_of_page<1>(queries, tiles + p * page_size, padded, scores + p * kPage, stride);
     SETTLE;
     float sums[16];
     for (long r = 0; r < rows; ++r) {
@@ -288,7 +325,7 @@ void attend_tiles(const Attention& a, long first, long rows, long kv_head, long 
         _tile_zero(0);
         _tile_zero(1);
         for (long p = 0; p < pages; ++p) {
-            const uint16_t* values = tiles + p * page_size + padded * kPage + d * kPage;
+            const uint16_t* values = tiles + p * page_size + (parts * padded + d) * kPage;
             _tile_loadd(4, shares + p * 512, 64);
             _tile_loadd(6, values, 64);
             _tile_dpbf16ps(0, 4, 6);

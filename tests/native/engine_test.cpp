@@ -133,7 +133,7 @@ struct Model {
         plan.buffers = int64_t(buffers.size()), plan.operations[1] = int64_t(operations.size());
         plan.slots = kLayers, plan.pages = 12, plan.most_tokens = 128, plan.most_keys = kContext;
         const bool exact = matrices[0].type == kFloat32;
-        plan.shape = {kHeads, kHeads, kHeadWidth, exact, exact};
+        plan.shape = {kHeads, kHeads, kHeadWidth, exact, exact ? 0 : matrices[0].type == kBfloat16 ? 2 : 1};
         plan.matrix = matrices.data(), plan.vector = addresses.data(), plan.vector_size = sizes.data();
         plan.buffer_width = buffers.data(), plan.operation[1] = operations.data();
         return lexmill_engine_open(&plan, threads, at_most);

@@ -90,7 +90,7 @@ class Rounded(TorchFunctionMode):
         types: the type of each weight in the file, by lexmill's names.
         offsets: of the weights whose types have them, (rows, blocks) by the same names.
         in_bf16: multiply in bfloat16 instead, as the engine reads prompts: inputs and weights that are not
-            float32 are rounded to it, and so are queries, keys and values.
+            float32 are rounded to it, and so are values, and where no weight is in bfloat16 queries and keys.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class Rounded(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._in_bf16 = in_bf16
+        self._first_rounded = 2 if "BF16" in types.values() else 0  # of queries, keys and values
         self._products = {
             id(weight): _Product(
                 ROUNDING.get(types.get(name, "")),
@@ -132,8 +133,9 @@ class Rounded(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention and self._in_bf16:
-            rounded: Any = [_BF16.apply(side) for side in args[:3]]
-            return func(*rounded, *args[3:], **(kwargs or {}))
+            first = self._first_rounded
+            rounded: Any = [_BF16.apply(side) for side in args[first:3]]
+            return func(*args[:first], *rounded, *args[3:], **(kwargs or {}))
         if func is not torch.nn.functional.linear:
             result = func(*args, **(kwargs or {}))
             if func is torch.cat and all(id(part) in self._products and part.ndim == 2 for part in args[0]):

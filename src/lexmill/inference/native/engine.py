@@ -20,7 +20,7 @@ from lexmill.inference.native.library import (
     PlanStruct,
     library,
 )
-from lexmill.inference.native.packed import FLOAT16, FLOAT32, load_packed
+from lexmill.inference.native.packed import BFLOAT16, FLOAT16, FLOAT32, load_packed
 from lexmill.inference.native.plan import READ, WRITE, Plan, make_plan
 from lexmill.inference.native.sources import Source
 
@@ -103,7 +103,7 @@ class NativeEngine:
             self.config.kv_heads,
             self.config.head_width,
             int(types == {FLOAT32}),
-            int(bool(types & {FLOAT32, FLOAT16})),
+            _parts(types),
             *addresses[:4],
             (ctypes.c_void_p * 2)(*addresses[4:]),
         )
@@ -257,6 +257,17 @@ class NativeEngine:
     def close(self) -> None:
         """See `interface.Engine.close`."""
         self._finish()
+
+
+def _parts(types: set[int]) -> int:
+    """As sums of how many numbers in bfloat16 the queries and keys of prompts are multiplied; 0: in float32.
+
+    With weights of 8 or 4 bits their rounding is lost in that of the activations; with weights in bfloat16 it would
+    be a third of all there is (docs/decisions.md).
+    """
+    if types & {FLOAT32, FLOAT16}:
+        return 0
+    return 2 if BFLOAT16 in types else 1
 
 
 def _table(pages: Sequence[np.ndarray]) -> np.ndarray:

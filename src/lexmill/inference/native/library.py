@@ -48,7 +48,7 @@ PlanStruct = _struct(
     [
         *_numbers("matrices vectors buffers"),
         ("operations", c_int64 * 2),
-        *_numbers("slots pages most_tokens most_keys heads kv_heads head_width exact_pages exact_scores"),
+        *_numbers("slots pages most_tokens most_keys heads kv_heads head_width exact_pages parts"),
         *_addresses("matrix vector vector_size buffer_width"),
         ("operation", c_void_p * 2),
     ],
