@@ -80,7 +80,7 @@ INLINE void panel_to_tiles(const Matrix& m, long panel, __m512i* out) {
 template <bool kSmall, bool kLeast>
 void bytes_tiles(const Matrix& m, long panel, const Inputs& in, long first, long tokens, float* out) {
     constexpr long kBytes = kSmall ? 256 : 512, kAtOnce = 4;
-    constexpr int32_t kZero = kLeast ? 0 : kSmall ? 8 : 128;
+    constexpr uint32_t kZero = kLeast ? 0 : kSmall ? 8 : 128;
     const long blocks = m.blocks();
     const uint8_t* values = m.values + panel * blocks * kBytes;
     const uint16_t* scales = m.scales + panel * blocks * kLanes;
@@ -119,7 +119,8 @@ void bytes_tiles(const Matrix& m, long panel, const Inputs& in, long first, long
             if (kLeast) least = load_halves(minima + (b + i) * kLanes);
             for (int t = 0; t < kFew; ++t) {
                 const long at = (first + t) * blocks + b + i;
-                const Floats whole = floats(load_ints(found[i][t]) - all(kZero * in.sums[at]));
+                // behind the last token stands anything: unsigned, so that it may overflow
+                const Floats whole = floats(load_ints(found[i][t]) - all(int32_t(kZero * uint32_t(in.sums[at]))));
                 totals[t] = fma(whole, scale * all(in.scales[at]), totals[t]);
                 if (kLeast) totals[t] = fma(least, all(in.scales[at] * float(in.sums[at])), totals[t]);
             }
