@@ -357,7 +357,8 @@ class Engine {
         s.from = buffer(o.from, 0), s.width = widths_[size_t(o.from)];
         if (o.rotary >= 0) s.cosines = vector(o.rotary), s.sines = vector(o.rotary + 1);
         s.query_norm = vector(o.query_norm), s.key_norm = vector(o.key_norm);
-        share(counter, batch_->tokens, 4, [&](long first, long end) {
+        // tokens of a page by one thread: numbers of a key lie beside those of its neighbours, in one line of a cache
+        share(counter, batch_->tokens, batch_->prompt ? kPage : 4, [&](long first, long end) {
             for (long t = first; t < end; ++t) kernels_.store(s, t);
         });
     }

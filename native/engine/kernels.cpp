@@ -186,7 +186,41 @@ INLINE void floats_of(const Matrix& m, long strip, const Inputs& in, long first,
     }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(LEXMILL_AMX)
+// As tiles of bfloat16 are multiplied: of 32 columns the even and the odd ones, each sum by itself, and both together are
+// added to the columns before. So a token's numbers are the same alone and among others.
+template <int kTokens>
+INLINE void pairs_strip(const Matrix& m, long strip, const Inputs& in, long first, float* out) {
+    const long columns = in.columns, panel = columns * kLanes;
+    const uint16_t* w = reinterpret_cast<const uint16_t*>(m.values) + 2 * strip * panel;
+    const uint16_t* x = in.pairs + first * columns;
+    const Ints upper = all(int32_t(0xffff0000));
+    Floats totals[kTokens][2];
+    for (int t = 0; t < kTokens; ++t) totals[t][0] = totals[t][1] = all(0.0f);
+    for (long b = 0; b < columns; b += kBlock) {
+        Floats even[kTokens][2], odd[kTokens][2];
+        for (int t = 0; t < kTokens; ++t)
+            for (int p = 0; p < 2; ++p) even[t][p] = odd[t][p] = all(0.0f);
+        for (long c = b; c < b + kBlock; c += 2) {
+            if (kTokens == 1) prefetch(w + c * kLanes, 64), prefetch(w + panel + c * kLanes, 64);
+            const Ints weights[2] = {load_ints(w + c * kLanes), load_ints(w + panel + c * kLanes)};
+            for (int t = 0; t < kTokens; ++t) {
+                int32_t two;
+                std::memcpy(&two, x + t * columns + c, 4);
+                const Floats low = as_floats(all(two) << 16), high = as_floats(all(two) & upper);
+                for (int p = 0; p < 2; ++p) {
+                    even[t][p] = fma(as_floats(weights[p] << 16), low, even[t][p]);
+                    odd[t][p] = fma(as_floats(weights[p] & upper), high, odd[t][p]);
+                }
+            }
+        }
+        for (int t = 0; t < kTokens; ++t)
+            for (int p = 0; p < 2; ++p) totals[t][p] = totals[t][p] + (even[t][p] + odd[t][p]);
+    }
+    for (int t = 0; t < kTokens; ++t)
+        for (int p = 0; p < 2; ++p) save(out + t * kStrip + p * kLanes, totals[t][p]);
+}
+#elif defined(__AVX512BF16__)
 template <int kTokens>
 INLINE void pairs_strip(const Matrix& m, long strip, const Inputs& in, long first, float* out) {
     const long columns = in.columns, panel = columns * kLanes;
@@ -283,9 +317,10 @@ void strip(const Matrix& m, long number, const Inputs& in, long first, long toke
     long t = 0;
 #if defined(LEXMILL_AMX)
     constexpr long kWorth = 4;  // tokens from which tiles are faster
-    if (!prompt && (m.type == kEightBits || m.type == kFourBits))
+    if (!prompt && m.type != kFloat32 && m.type != kFloat16)
         for (; tokens - t >= kWorth; t += kFew)
-            bytes_strip(m, number, in, first + t, tokens - t < kFew ? tokens - t : kFew, out + t * kStrip);
+            (m.type == kBfloat16 ? pairs_of_few : bytes_strip)(m, number, in, first + t,
+                                                               tokens - t < kFew ? tokens - t : kFew, out + t * kStrip);
 #endif
     for (; t + kMany <= tokens; t += kMany) some_tokens<kMany>(m, number, in, first + t, out + t * kStrip);
     for (; t + 2 <= tokens; t += 2) some_tokens<2>(m, number, in, first + t, out + t * kStrip);

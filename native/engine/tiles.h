@@ -13,12 +13,23 @@ struct alignas(64) TileShapes {
 
 constexpr int kFew = 8;  // tokens of written text that are multiplied at once
 
-void begin_tiles(bool prompt) {
-    static const TileShapes kPrompt;  // GCC 12 believes that 8 of its 64 bytes are read
-    static const TileShapes kWritten = {
-        1, 0, {}, {64, 64, 64, 64, 32, 32, 64, 64}, {kFew, kFew, kFew, kFew, kFew, kFew, 8, 8}};
+// What is multiplied: prompts, and of written text bytes or bfloat16.
+const TileShapes kPrompt;
+const TileShapes kBytesOfFew = {1, 0, {}, {64, 64, 64, 64, 32, 32, 64, 64}, {kFew, kFew, kFew, kFew, kFew, kFew, 8, 8}};
+const TileShapes kPairsOfFew = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {kFew, kFew, kFew, kFew, kFew, kFew, 16, 16}};
+thread_local const TileShapes* shapes;
+
+void use(const TileShapes& wanted) {
+    if (shapes == &wanted) return;
     SETTLE;
-    _tile_loadconfig(prompt ? &kPrompt : &kWritten);
+    _tile_loadconfig(&wanted);
+    shapes = &wanted;
+}
+
+void begin_tiles(bool prompt) {  // somebody else may have shaped this thread's tiles
+    shapes = nullptr;
+    use(prompt ? kPrompt : kBytesOfFew);
 }
 
 // Sixteen numbers each of two columns, rounded to bfloat16 (halves upwards), side by side.
@@ -130,6 +141,7 @@ void bytes_tiles(const Matrix& m, long panel, const Inputs& in, long first, long
 }
 
 void bytes_strip(const Matrix& m, long strip, const Inputs& in, long first, long tokens, float* out) {
+    use(kBytesOfFew);
     for (long p = 0; p < 2; ++p) {
         const long panel = 2 * strip + p;
         float* to = out + p * kLanes;
@@ -140,6 +152,30 @@ void bytes_strip(const Matrix& m, long strip, const Inputs& in, long first, long
             m.minima ? bytes_tiles<true, true>(m, panel, in, first, tokens, to)
                      : bytes_tiles<true, false>(m, panel, in, first, tokens, to);
     }
+}
+
+// Up to kFew tokens times a strip in bfloat16: the same sums as `pairs_strip` finds.
+void pairs_of_few(const Matrix& m, long strip, const Inputs& in, long first, long tokens, float* out) {
+    const long blocks = m.blocks(), panel = blocks * 512;  // numbers in a panel
+    const uint16_t* weights = reinterpret_cast<const uint16_t*>(m.values) + 2 * strip * panel;
+    const uint16_t* x = in.pairs + first * in.columns;
+    alignas(64) float found[kFew][kStrip];
+    use(kPairsOfFew);
+    SETTLE;
+    _tile_zero(0);
+    _tile_zero(1);
+    for (long b = 0; b < blocks; ++b) {
+        prefetch(weights + b * 512, 1024), prefetch(weights + panel + b * 512, 1024);
+        _tile_loadd(4, x + b * kBlock, 2 * in.columns);
+        _tile_loadd(6, weights + b * 512, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, weights + panel + b * 512, 64);
+        _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, found[0], 4 * kStrip);
+    _tile_stored(1, found[0] + kLanes, 4 * kStrip);
+    SETTLE;
+    std::memcpy(out, found, sizeof(float) * kStrip * size_t(tokens));
 }
 
 // Tokens are taken thirty-two at a time; `first` is a multiple of them, and rows behind the last may hold anything.
