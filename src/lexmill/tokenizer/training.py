@@ -69,9 +69,7 @@ class TokenizerConfig:
         return _SMALLEST.get(self.kind, 0) + (self.sentinels if self.kind == "unigram" else 0)
 
 
-def train_tokenizer(
-    texts: Iterable[str], config: TokenizerConfig, progress: Progress = SILENT
-) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, progress: Progress = SILENT) -> Tokenizer:
     """Train a tokenizer on `texts`.
 
     Raises:
