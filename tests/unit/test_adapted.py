@@ -116,3 +116,13 @@ def test_dropout_and_no_autocast_take_the_layers_one_by_one():
         layer.eval()
         assert adapted(x, [layer]) is not None
     assert adapted(x, [layer]) is None
+
+
+def test_what_lies_outside_of_blocks_stays_float32():
+    """Those layers are multiplied as they lie, in float32 too: a head with the adapter off, a pooler."""
+    config = ModelConfig(**SHAPE, kv_heads=2, mlp_width=96, tied=False)
+    model = learner(config, kept=True, targets=("lm_head", "q_proj")).eval()
+    assert model.head.base.weight.dtype == torch.float32
+    assert model.decoder.blocks[0].attention.q.base.weight.dtype == torch.bfloat16
+    with torch.no_grad(), without_adapter(model):
+        assert torch.isfinite(model(TOKENS)).all()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lexmill.model.adapted import LoraLinear
 from lexmill.model.adapter import Adapter, LoraConfig, LowRank
 from lexmill.model.config import ModelConfig
-from lexmill.model.names import LinearLayer, linear_layers
+from lexmill.model.names import LinearLayer, linear_layers, matrices_in_blocks
 from lexmill.model.quantised import replace_module
 from lexmill.model.spreading import whole
 from lexmill.model.transformer import Transformer
@@ -77,9 +77,9 @@ def add_adapter(model: Transformer, adapter: Adapter) -> None:
 
 
 def frozen_matrices(lora: LoraConfig, config: ModelConfig) -> frozenset[str]:
-    """Our names of the matrices that an adapter is put on, and that no longer learn themselves."""
+    """Our names of the matrices inside blocks that an adapter is put on, and that no longer learn themselves."""
     adapted = {f"{own}.weight" for layer in lora.adapted(config) for own in layer.owns}
-    return frozenset(adapted.difference(lora.saved(config)))
+    return matrices_in_blocks(config).intersection(adapted).difference(lora.saved(config))
 
 
 def _pairs(model: Transformer, adapter: Adapter) -> Iterator[tuple[LinearLayer, LowRank]]:

@@ -90,7 +90,7 @@ class Rounded(TorchFunctionMode):
         types: the type of each weight in the file, by lexmill's names.
         offsets: of the weights whose types have them, (rows, blocks) by the same names.
         in_bf16: multiply in bfloat16 instead, as the engine reads prompts: inputs and weights that are not
-            float32 are rounded to it, and so are values, and where no weight is in bfloat16 queries and keys.
+            float32 are rounded to it, and so are values, and where no weight inside blocks is BF16 queries and keys.
     """
 
     def __init__(
@@ -102,7 +102,9 @@ class Rounded(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._in_bf16 = in_bf16
-        self._first_rounded = 2 if "BF16" in types.values() else 0  # of queries, keys and values
+        # of queries, keys and values; the engine looks at the same weights (`native/engine.py`, `_parts`)
+        inside = {type for name, type in types.items() if ".blocks." in name}
+        self._first_rounded = 2 if "BF16" in inside else 0
         self._products = {
             id(weight): _Product(
                 ROUNDING.get(types.get(name, "")),
