@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,7 @@ def main(arguments: list[str]) -> None:
     options = dict(argument.split("=", 1) for argument in arguments[1:])
     family, kill = options.pop("family", "llama"), int(options.pop("kill", 0))
     dropout, lora = float(options.pop("dropout", 0)), options.pop("lora", "")
+    smoothing = float(options.pop("smoothing", 0))
     device = options.pop("device", "cpu")
     values = {
         name: json.loads(value) if value[0] in "0123456789tfn{" else value for name, value in options.items()
@@ -108,6 +110,8 @@ def main(arguments: list[str]) -> None:
         adapter = begin_adapter(model, LoraConfig(rank=4, dropout=dropout), seed=0)
         add_adapter(model, adapter)
     loss = {"llama": causal_loss, "bert": masked_loss, "t5": sequence_loss}[family]
+    if smoothing:
+        loss = partial(loss, smoothing=smoothing)
     processes = Processes.join(device, deterministic=config.deterministic)
     steps = 0
 

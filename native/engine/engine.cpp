@@ -72,8 +72,6 @@ const Kernels& find_kernels(int at_most) {
     return portable::kernels;
 }
 
-long padded(long columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
-
 // Memory that begins on a page, all zeros.
 struct Space {
     void* data = nullptr;

@@ -18,6 +18,9 @@ constexpr long kBlock = 32;  // columns that share a scale
 constexpr long kPage = 32;   // tokens whose keys and values lie together
 constexpr long kTogether = 16;  // queries that one piece of work computes
 
+// Columns with those that fill the last block.
+static inline long padded(long columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
+
 enum WeightType : int64_t { kFloat32, kFloat16, kBfloat16, kEightBits, kFourBits };
 
 // Sixteen rows lie side by side, column behind column, padded with zeros to whole strips and blocks:
@@ -69,7 +72,7 @@ struct Shape {
     int64_t exact_pages;  // keys and values in float32, else float16
     int64_t parts;        // attention of prompts: a query and a key as the sum of so many bfloat16; 0: as they are
 
-    long padded_width() const { return (head_width + kBlock - 1) / kBlock * kBlock; }
+    long padded_width() const { return padded(head_width); }
     long page_tiles() const { return (parts + 1) * padded_width() * kPage; }  // numbers in a page of `page_to_tiles`
 };
 

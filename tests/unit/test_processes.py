@@ -21,7 +21,7 @@ from lexmill.train.processes import Processes
         ("family=llama", "sharding=replicate"),
         ("family=llama", "sharding=shard"),
         ("family=bert", "sharding=replicate"),
-        ("family=t5", "sharding=shard"),
+        ("family=t5", "sharding=shard", "smoothing=0.1"),
         ("lora=q8_0", "sharding=replicate"),
         pytest.param(
             ("lora=float32", "sharding=shard", "gradient_checkpointing=true"), marks=pytest.mark.slow

@@ -1,10 +1,12 @@
 """Training: packing that does not leak, accumulation that changes nothing, resuming that is exact."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -162,6 +164,29 @@ def test_packed_documents_do_not_see_each_other():
     expected = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
     assert targets == 97
     assert packed == pytest.approx(expected, abs=2e-6)
+
+
+def test_smoothed_targets_are_those_of_torch_and_measuring_goes_without():
+    batch = pack(documents([5, 9, 17, 30]), 32, 0)
+
+    def of_torch(decoder):
+        logits = decoder(batch.tensor("tokens"), batch.row_positions(), batch.mask(causal=True))
+        where = {"ignore_index": IGNORED, "reduction": "sum"}
+        return F.cross_entropy(logits.mT, batch.tensor("targets"), label_smoothing=0.2, **where)
+
+    smoothed = partial(causal_loss, smoothing=0.2)
+    found = []
+    for loss in (lambda decoder: smoothed(decoder, batch).sums["tokens"], of_torch):
+        decoder = model()
+        lost = loss(decoder)
+        lost.backward()
+        found.append((float(lost.detach()), [parameter.grad for parameter in decoder.parameters()]))
+    (ours, own), (theirs, other) = found
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    for one, two in zip(own, other):
+        assert (one - two).abs().max() < 1e-5 * max(1.0, float(two.abs().max()))
+    plain, measured = (measure(model(), objective, [batch]).loss for objective in (causal_loss, smoothed))
+    assert plain == measured != pytest.approx(ours / batch.counts["tokens"], rel=1e-4)
 
 
 def test_a_leak_would_be_noticed():

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 from conftest import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +33,7 @@ from lexmill.model.load import load_model
 from lexmill.pretrain.shape import ShapeConfig
 from lexmill.tokenizer.tokenizer import Tokenizer
 from lexmill.tokenizer.training import TokenizerConfig, train_tokenizer
+from lexmill.train.batches import pack
 from lexmill.train.examples import IGNORED
 
 FORMS = ("chat", "plain", "t5")
@@ -125,6 +127,30 @@ def test_targets_are_the_answer_and_its_end(models, form, tmp_path):
         "summarise", model.config, TextPair, lineage={"history": [{"task": "summarise", "asked": asked}]}
     )
     assert asdict(again) == asked
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_label_smoothing_reaches_the_loss(models, form, tmp_path):
+    data = write_pairs(tmp_path / "rows.jsonl", PAIRS)
+    found = []
+    for smoothing in (0.0, 0.1):
+        config = FinetuneConfig(steps=1, task="summarise", validation_fraction=0.2, label_smoothing=smoothing)
+        lesson = make_lesson(config, models[form], data)
+        lengths = {"length": lesson.length, "decoder_length": lesson.decoder_length}
+        batch = pack(lesson.examples(0), pad_id=0, **lengths)
+        network = load_model(models[form])
+        learning = float(lesson.loss(network, batch).sums["tokens"].detach())
+        with torch.no_grad():
+            found.append((learning, float(lesson.loss(network, batch).sums["tokens"])))
+    (plain, measured), (smoothed, also_measured) = found
+    assert measured == also_measured == pytest.approx(plain, rel=1e-4)
+    assert abs(smoothed - plain) > 1e-3 * plain
+
+
+@pytest.mark.parametrize("task", ["classify", "embed"])
+def test_label_smoothing_is_refused_where_nothing_is_written(task):
+    with pytest.raises(ConfigError, match="label_smoothing"):
+        FinetuneConfig(steps=1, task=task, label_smoothing=0.1)
 
 
 def test_each_epoch_learns_another_of_several_answers(models, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def chat_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskData) -
         return chats + (replay.draw(round(tokens * share / (1 - share)), random) if replay else [])
 
     return Lesson(
-        causal_loss,
+        partial(causal_loss, smoothing=config.label_smoothing),
         examples,
         to_examples((row.messages for row, _ in held_out), tokenizer, length),
         length,

@@ -33,7 +33,9 @@ class FinetuneConfig(RowSettings, TrainConfig):
     window: int = 384  # qa by an encoder: tokens of question and context together that are read at once
     overlap: int = 128  # qa by an encoder: tokens of the context that neighbouring windows share
     beta: float = 0.1  # prefer: how dear it is to leave the model that training begins with
-    label_smoothing: float = 0.0  # prefer: share of the pairs that may be the wrong way round
+    # chat and tasks that write: share of each target that is spread over the vocabulary; prefer: of the pairs that
+    # may be the wrong way round
+    label_smoothing: float = 0.0
     temperature: float = 0.05  # embed: cosines are divided by it; less makes the nearest texts weigh more
     row_length: int | None = (
         None  # tokens in a training row; when not given the model's context, 1,024 at most
@@ -64,6 +66,8 @@ class FinetuneConfig(RowSettings, TrainConfig):
             raise ConfigError("'beta' must be positive.")
         if not 0 <= self.label_smoothing < 0.5:
             raise ConfigError("'label_smoothing' must lie in [0, 0.5).")
+        if self.label_smoothing and self.task in ("classify", "embed"):
+            raise ConfigError(f"'label_smoothing' is not for the task '{self.task}'.", "Leave it out.")
         if self.temperature <= 0:
             raise ConfigError("'temperature' must be positive.")
         if self.row_length is not None and self.row_length < 4:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lexmill.data.labelled import Question
-from lexmill.errors import DataError
+from lexmill.errors import ConfigError, DataError
 from lexmill.finetune.config import FinetuneConfig
 from lexmill.finetune.lesson import Lesson
 from lexmill.finetune.rows import TRAIN, VALIDATION, TaskData
@@ -30,9 +30,12 @@ def extractive_lesson(config: FinetuneConfig, model: ModelDirectory, data: TaskD
     """Finding answers. Contexts longer than `window` become several examples, most of which say "not here".
 
     Raises:
+        ConfigError: `label_smoothing`, which is for what is written.
         DataError: no questions, or no answer stands where its row says.
         ModelError: the model is no encoder.
     """
+    if config.label_smoothing:
+        raise ConfigError("'label_smoothing' is for models that write their answers.", "Leave it out.")
     base = with_span(model, config.seed)
     length = config.length(base.config)
     window = min(config.window, length)

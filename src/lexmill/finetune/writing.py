@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -347,7 +348,7 @@ def writing_lesson(
     told = [f"{sum(getattr(part, name) for part in both):,} {name}" for name in ("cut", "dropped")]
     told = [text for text in told if not text.startswith("0 ")]
     return Lesson(
-        sequence_loss if two else causal_loss,
+        partial(sequence_loss if two else causal_loss, smoothing=config.label_smoothing),
         examples,
         made_examples(measured, 0, start if two else None),
         length,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lexmill.train.batches import Batch
@@ -12,29 +14,46 @@ from lexmill.train.examples import IGNORED
 from lexmill.train.objective import Losses
 
 
-def causal_loss(model: Any, batch: Batch) -> Losses:
+def causal_loss(model: Any, batch: Batch, *, smoothing: float = 0.0) -> Losses:
     """Cross-entropy of each target, by a decoder. Documents that share a row do not see each other."""
     hidden = model.hidden(batch.tensor("tokens"), batch.row_positions(), batch.mask(causal=True))
-    return token_losses(hidden, model.head_weight, batch)
+    return token_losses(hidden, model.head_weight, batch, smoothing)
 
 
-def sequence_loss(model: Any, batch: Batch) -> Losses:
+def sequence_loss(model: Any, batch: Batch, *, smoothing: float = 0.0) -> Losses:
     """Cross-entropy of each target, by the decoder of an encoder–decoder that has read the tokens."""
     memory = model.encode(batch.tensor("tokens"), batch.mask(causal=False))
     hidden = model.decode(batch.tensor("decoder_tokens"), memory, batch.decoder_mask(), batch.memory_mask())
-    return token_losses(hidden, model.head_weight, batch)
+    return token_losses(hidden, model.head_weight, batch, smoothing)
 
 
-def token_losses(hidden: Tensor, weight: Tensor, batch: Batch) -> Losses:
+def token_losses(hidden: Tensor, weight: Tensor, batch: Batch, smoothing: float = 0.0) -> Losses:
     """The losses of the "tokens" of a batch.
 
     Args:
         hidden: (rows, length, width).
         weight: (vocabulary, width) of the output projection.
+        smoothing: the share of each target that is spread evenly over the vocabulary while learning
+            (Szegedy et al. 2016, "Rethinking the Inception Architecture"); measuring goes without.
     """
+    hidden, targets = counted(hidden, batch.tensor("targets"))
+    total, right = linear_cross_entropy(hidden, targets, weight)
+    if smoothing and torch.is_grad_enabled():
+        total = total + smoothing * smoothed_away(hidden, targets, weight)
     losses = Losses()
-    losses.add("tokens", linear_cross_entropy(*counted(hidden, batch.tensor("targets")), weight))
+    losses.add("tokens", (total, right))
     return losses
+
+
+def smoothed_away(hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    """What cross-entropies rise by when the targets become the even distribution; the sum over all that count.
+
+    -log p of a token is log Z less its logit, so that is the target's logit less the mean of all logits, and no
+    logits need to exist but the targets' own. Arguments as of `linear_cross_entropy`.
+    """
+    learned = targets != IGNORED
+    apart = F.embedding(targets.clamp(min=0), weight) - weight.mean(0)
+    return (hidden.float() * apart).sum(-1)[learned].sum()
 
 
 def counted(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
