@@ -501,6 +501,17 @@ def write(path, rows):
     return path
 
 
+def test_label_smoothing_is_refused_where_answers_are_found(models, tmp_path):
+    rows = [
+        {"id": "1", "question": "who", "context": "anne", "answers": {"text": ["anne"], "answer_start": [0]}}
+    ]
+    data = write(tmp_path / "rows.jsonl", rows)
+    settings = {"task": "qa", "steps": 1, "validation_fraction": 0.0}
+    make_lesson(FinetuneConfig(**settings), models("bare bert"), data)
+    with pytest.raises(ConfigError, match="label_smoothing"):
+        make_lesson(FinetuneConfig(**settings, label_smoothing=0.1), models("bare bert"), data)
+
+
 def test_labels_unseen_in_training_are_refused_with_their_rows(models, tmp_path):
     data = write(tmp_path / "train.jsonl", [{"text": f"a {i}", "label": "xy"[i % 2]} for i in range(8)])
     other = write(tmp_path / "more.jsonl", [{"text": "b", "label": "x"}, {"text": "c", "label": "z"}])

@@ -129,12 +129,15 @@ def test_targets_are_the_answer_and_its_end(models, form, tmp_path):
     assert asdict(again) == asked
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_label_smoothing_reaches_the_loss(models, form, tmp_path):
+@pytest.mark.parametrize("form, task", [*((form, "summarise") for form in FORMS), ("chat", "chat")])
+def test_label_smoothing_reaches_the_loss(models, form, task, tmp_path):
     data = write_pairs(tmp_path / "rows.jsonl", PAIRS)
+    if task == "chat":
+        talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day to you."}]
+        data.write_text((json.dumps({"messages": talk}) + "\n") * 4, "utf-8")
     found = []
     for smoothing in (0.0, 0.1):
-        config = FinetuneConfig(steps=1, task="summarise", validation_fraction=0.2, label_smoothing=smoothing)
+        config = FinetuneConfig(steps=1, task=task, validation_fraction=0.2, label_smoothing=smoothing)
         lesson = make_lesson(config, models[form], data)
         lengths = {"length": lesson.length, "decoder_length": lesson.decoder_length}
         batch = pack(lesson.examples(0), pad_id=0, **lengths)
